@@ -1,0 +1,1 @@
+"""Attention masses per token role and the role bias: the maths on queries, keys and roles."""
