@@ -106,6 +106,12 @@ eval)
     ;;
 esac
 step "verl_avar" "$py" -m pip install --no-deps --no-build-isolation -e "$root"
+if [ "$mode" = cpu ]; then
+    # torchvision's missing op schemas, in every process of this environment (see verl_avar/compat/torchvision_ops.py).
+    echo 'import verl_avar.compat.torchvision_ops as ops; ops.apply_on_import()' \
+        >"$("$py" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/avar_torchvision.pth"
+    step "checking the imports" "$py" -c 'import torchvision, vllm, verl, transformers, ray'
+fi
 
 echo "$stamp" >"$venv/.avar-stamp"
 say "ready"

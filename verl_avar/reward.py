@@ -1,0 +1,73 @@
+"""VARS: visual-anchored reward shaping (AVAR §3.3, arXiv:2603.03825; METHOD §5).
+
+    r_visual = mean over response queries t, mean over layers l of a_VISUAL[l, t] / (a_SYSTEM[l, t] + ε)
+    a_R[l, t] = mean over heads of the mass of role R
+
+This file turns masses into the score; gating on correctness and the weight λ belong to the reward function
+(`reward_fns/avar.py`), which has no masses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from verl_avar.roles import query_mask
+
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class VisualScore:
+    """Visual attention of one response; the fields of `kv_transfer_params["visual_attention"]`.
+
+    ratio and share are None where the sequence has no system turn (the ratio would measure ε alone).
+    """
+
+    ratio: float | None  # METHOD §5, ungated
+    share: float | None  # mean of v / (v + s), bounded by 1
+    visual_mass: float  # mean over layers, heads and response queries
+    system_mass: float
+    n: int  # queries counted
+    tokens: list[float] | None = None  # the per-token ratios, when asked for
+
+    def as_dict(self) -> dict:
+        """Plain types; without `tokens` where they were not asked for."""
+        fields = asdict(self)
+        if self.tokens is None:
+            del fields["tokens"]
+        return fields
+
+
+def token_scores(visual: torch.Tensor, system: torch.Tensor, eps: float = EPS) -> torch.Tensor:
+    """Per-token scores from masses [L, ..., H, T] of one or more sequences.
+
+    Returns [4, ..., T]: ratio, share, visual mass and system mass, each the mean over layers of head-averaged masses.
+    """
+    v, s = visual.mean(dim=-2), system.mean(dim=-2)
+    return torch.stack([v / (s + eps), v / (v + s + eps), v, s]).mean(dim=1)
+
+
+def summarise(scores: torch.Tensor, has_system: bool = True, tokens: bool = False) -> VisualScore:
+    """The score of one response from its per-token scores [4, n], in the order of `token_scores`."""
+    n = scores.shape[-1]
+    ratio, share, visual, system = scores.double().mean(dim=-1).tolist() if n else (0.0, 0.0, 0.0, 0.0)
+    return VisualScore(
+        ratio=ratio if has_system else None,
+        share=share if has_system else None,
+        visual_mass=visual,
+        system_mass=system,
+        n=n,
+        tokens=scores[0].tolist() if tokens and has_system else None,
+    )
+
+
+def visual_scores(
+    visual: torch.Tensor, system: torch.Tensor, roles: torch.Tensor, eps: float = EPS, tokens: bool = False
+) -> list[VisualScore]:
+    """The score of each row of a batch: masses [L, B, H, T] and roles uint8 [B, T]."""
+    scores = token_scores(visual, system, eps)
+    queries = query_mask(roles, "response")
+    has_system = (roles == 1).any(dim=-1)
+    return [summarise(scores[:, b, queries[b]], bool(has_system[b]), tokens) for b in range(roles.shape[0])]

@@ -1,0 +1,94 @@
+"""Visual Attention Score (AVAR §2.2, arXiv:2603.03825; METHOD §1): the diagnostic.
+
+    VAS_i(l, h) = m_VISUAL[l, h, i] / m_SYSTEM[l, h, i];  VAS = mean over layers, heads and queries i of the scope
+
+The paper's mean of ratios explodes when a single head ignores the system prompt, so the robust figures stand beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from verl_avar.roles import Role, query_mask
+
+EPS = 1e-6
+CLASSES = ((10.0, "narrow"), (15.0, "wide"), (float("inf"), "panoramic"))
+
+
+def vas_class(vas: float) -> str:
+    """The paper's class of a user-scope VAS: narrow below 10, wide to 15, panoramic above."""
+    return next(name for bound, name in CLASSES if vas < bound or bound == float("inf"))
+
+
+@dataclass
+class Vas:
+    """VAS of one scope, accumulated over samples; every sample counts by its queries (METHOD §1).
+
+    Samples without an image, a system turn or queries of the scope are skipped and counted.
+    """
+
+    scope: str
+    eps: float = EPS
+    samples: int = 0
+    skipped: int = 0
+    queries: int = 0
+    _ratio: torch.Tensor | float = 0.0  # sums over queries, float64 [L, H]
+    _visual: torch.Tensor | float = 0.0
+    _system: torch.Tensor | float = 0.0
+    _head_mean: torch.Tensor | float = 0.0  # sums over queries, float64 [L]
+    _ratios: list[torch.Tensor] = field(default_factory=list)  # head-averaged ratio of each query, mean over layers
+
+    def add(self, visual: torch.Tensor, system: torch.Tensor, roles: torch.Tensor) -> None:
+        """Adds a batch: masses [L, B, H, T], roles uint8 [B, T]."""
+        asked = query_mask(roles, self.scope)
+        for b in range(roles.shape[0]):
+            has_roles = (roles[b] == Role.VISUAL).any() and (roles[b] == Role.SYSTEM).any()
+            if not (has_roles and asked[b].any()):
+                self.skipped += 1
+                continue
+            v, s = visual[:, b, :, asked[b]].detach().double(), system[:, b, :, asked[b]].detach().double()
+            head_mean = v.mean(1) / (s.mean(1) + self.eps)  # [L, queries]
+            self._ratio += (v / (s + self.eps)).sum(-1)
+            self._visual += v.sum(-1)
+            self._system += s.sum(-1)
+            self._head_mean += head_mean.sum(-1)
+            self._ratios.append(head_mean.mean(0).float())
+            self.samples += 1
+            self.queries += int(asked[b].sum())
+
+    @property
+    def by_head(self) -> torch.Tensor:
+        """The paper's mean of ratios per layer and head: float64 [L, H]."""
+        return self._per_query(self._ratio)
+
+    def mass_by_head(self, role: Role) -> torch.Tensor:
+        """Mean mass of VISUAL or SYSTEM per layer and head: float64 [L, H]."""
+        return self._per_query({Role.VISUAL: self._visual, Role.SYSTEM: self._system}[role])
+
+    def summary(self) -> dict:
+        """Plain numbers: `paper` (mean of ratios), `head_mean` (ratio of head-averaged masses), `median` (over queries,
+        of the head-averaged ratio), `mass`, `by_layer` (head-averaged) and the counts.
+        """
+        head_mean = self._per_query(self._head_mean)
+        return {
+            "paper": float(self.by_head.mean()),
+            "head_mean": float(head_mean.mean()),
+            "median": float(torch.cat(self._ratios).median()),
+            "mass": {
+                "visual": float(self.mass_by_head(Role.VISUAL).mean()),
+                "system": float(self.mass_by_head(Role.SYSTEM).mean()),
+            },
+            "by_layer": head_mean.tolist(),
+            "samples": self.samples,
+            "skipped": self.skipped,
+            "queries": self.queries,
+        }
+
+    def _per_query(self, total: torch.Tensor | float) -> torch.Tensor:
+        if self.queries == 0:
+            raise ValueError(
+                f"VAS ({self.scope} scope): none of {self.skipped} samples has an image, a system turn and queries"
+            )
+        return total / self.queries
