@@ -1,0 +1,1 @@
+"""What a checkpoint answers and where it looks: greedy accuracy, shuffled control, VAS and masses, heat maps."""
