@@ -1,0 +1,188 @@
+"""The KV connector: vLLM's public hook on both sides of the engine (KVConnectorBase_V1). It moves no KV cache.
+
+Scheduler side: roles and options of each request, the blocks that it gets, its scores when it ends.
+Worker side: writes roles and biases of fresh blocks into `SlotState` before the forward pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import vllm
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+from verl_avar.roles import Role
+from verl_avar.rollout.options import RequestOptions
+from verl_avar.rollout.plugin import version_error
+from verl_avar.rollout.request import chat_tokens, prompt_roles
+from verl_avar.rollout.scores import SharedScores, summarise, undefined
+from verl_avar.rollout.slots import BlockMarks, SlotState
+
+logger = init_logger(__name__)
+
+
+@dataclass
+class StepMarks(KVConnectorMetadata):
+    """Scheduler to worker: the blocks given out in this step."""
+
+    marks: BlockMarks
+
+
+@dataclass
+class Tracked:
+    """One live request. roles: uint8 [P]. blocks: how many it holds. no_score: why it can't be scored, if so."""
+
+    roles: np.ndarray
+    options: RequestOptions
+    blocks: int = 0
+    no_score: str | None = None
+
+
+def _check_engine(config: Any) -> None:
+    """Raises RuntimeError or NotImplementedError, by name, for what this connector can't serve."""
+    if error := version_error(vllm.__version__):
+        raise RuntimeError(error)
+    if not current_platform.is_cpu():
+        raise NotImplementedError(
+            f"verl_avar.rollout: the visual-attention backend runs on CPU only so far, not on "
+            f"{current_platform.device_name}; remove its kv_transfer_config to run without scores and biases"
+        )
+    parallel = config.parallel_config
+    for name in ("tensor_parallel_size", "pipeline_parallel_size", "decode_context_parallel_size"):
+        if getattr(parallel, name, 1) > 1:
+            raise NotImplementedError(f"verl_avar.rollout: {name} > 1 is not supported")
+    if config.speculative_config is not None:
+        raise NotImplementedError("verl_avar.rollout: speculative decoding is not supported")
+
+
+class VisualAttentionConnector(KVConnectorBase_V1):
+    """Name it in `kv_transfer_config` (see `verl_avar.rollout.kv_transfer_config`)."""
+
+    def __init__(self, vllm_config, role: KVConnectorRole, kv_cache_config=None):
+        _check_engine(vllm_config)
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._block_size = vllm_config.cache_config.block_size
+        self._engine_id = vllm_config.kv_transfer_config.engine_id
+        self._shared: SharedScores | None = None
+        self._state: SlotState | None = None
+        if role is KVConnectorRole.SCHEDULER:
+            self._defaults = RequestOptions.from_mapping(vllm_config.kv_transfer_config.kv_connector_extra_config)
+            self._chat = chat_tokens(vllm_config.model_config)
+            self._layers = len(kv_cache_config.kv_cache_groups[0].layer_names)
+            self._requests: dict[str, Tracked] = {}
+            self._shared = SharedScores.open(self._engine_id)
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        # Scores lie in the slots of a request's blocks: one that is preempted has to be computed again, not to end with
+        # a token whose blocks are gone.
+        return True
+
+    # Worker side
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        from verl_avar.rollout.backend_cpu import RoleAttention
+
+        layers = self._vllm_config.compilation_config.static_forward_context
+        impls = [layers[name].impl for name in kv_caches]
+        if stock := {type(impl).__name__ for impl in impls if not isinstance(impl, RoleAttention)}:
+            raise RuntimeError(
+                f"verl_avar.rollout: the connector is on but layers run {', '.join(stock)}: the vLLM plugin is not "
+                "active in this process (is verl_avar installed here, and allowed by VLLM_PLUGINS?)"
+            )
+        cache = next(iter(kv_caches.values()))
+        blocks, block_size = cache.shape[:2]
+        if block_size != self._block_size:
+            raise NotImplementedError(
+                f"verl_avar.rollout: KV-cache blocks of {block_size} tokens under a block size of {self._block_size}"
+            )
+        self._shared = SharedScores.create(self._engine_id, blocks * block_size)
+        self._state = SlotState(blocks, block_size, self._shared.array)
+        for impl in impls:
+            impl.state = self._state
+
+    def start_load_kv(self, forward_context, **kwargs: Any) -> None:
+        metadata = self._get_connector_metadata()
+        self._state.mark(metadata.marks)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        pass
+
+    def save_kv_layer(self, layer_name: str, kv_layer, attn_metadata, **kwargs: Any) -> None:
+        pass
+
+    def wait_for_save(self) -> None:
+        pass
+
+    # Scheduler side
+
+    def get_num_new_matched_tokens(self, request, num_computed_tokens: int) -> tuple[int, bool]:
+        return 0, False
+
+    def update_state_after_alloc(self, request, blocks, num_external_tokens: int) -> None:
+        pass
+
+    def on_new_request(self, request) -> None:
+        if request.sampling_params is None:
+            return
+        options, no_score = self._defaults, None
+        try:
+            options = RequestOptions.from_mapping(request.sampling_params.extra_args or {}, self._defaults)
+            roles = prompt_roles(request.prompt_token_ids, request.mm_features, self._chat)
+        except ValueError as error:
+            # The front end has refused what would be a bad request; here an exception would end the engine.
+            roles, options, no_score = np.zeros(request.num_prompt_tokens, np.uint8), RequestOptions(), str(error)
+        self._requests[request.request_id] = Tracked(roles, options, no_score=no_score)
+        if options.biased:
+            request.cache_salt = f"{request.cache_salt or ''}{options.cache_salt}"
+            request.block_hashes.clear()
+            request.update_block_hashes()
+
+    def build_connector_meta(self, scheduler_output) -> StepMarks:
+        marks = BlockMarks()
+        for fresh in scheduler_output.scheduled_new_reqs:
+            self._give(marks, fresh.req_id, fresh.block_ids, restart=True)
+        cached = scheduler_output.scheduled_cached_reqs
+        for request_id, block_ids in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            if block_ids is not None:
+                self._give(marks, request_id, block_ids, restart=request_id in cached.resumed_req_ids)
+        return StepMarks(marks)
+
+    def _give(self, marks: BlockMarks, request_id: str, block_ids: tuple[list[int], ...], restart: bool) -> None:
+        tracked = self._requests.get(request_id)
+        if tracked is None:  # a pooling request
+            return
+        if restart:  # after a preemption the blocks are new from the first on
+            tracked.blocks = 0
+        (blocks,) = block_ids
+        if blocks:
+            marks.add(blocks, tracked.blocks, tracked.roles, tracked.options, self._block_size)
+            tracked.blocks += len(blocks)
+
+    def request_finished(self, request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        tracked = self._requests.pop(request.request_id, None)
+        if tracked is None:
+            return False, None
+        n = request.num_output_tokens
+        if tracked.no_score is not None:
+            return False, {"visual_attention": undefined(tracked.no_score, n)}
+        if len(block_ids) * self._block_size < request.num_prompt_tokens - 1 + n:
+            return False, {"visual_attention": undefined("aborted while preempted", n)}
+        # The last token was never a query: the n response tokens come from queries P-1 … P+n-2.
+        position = request.num_prompt_tokens - 1 + np.arange(n)
+        slots = np.asarray(block_ids, dtype=np.int64)[position // self._block_size] * self._block_size
+        result = summarise(
+            self._shared.array[slots + position % self._block_size],
+            layers=self._layers,
+            has_system=bool((tracked.roles == Role.SYSTEM).any()),
+            tokens=tracked.options.attention_scores == "tokens",
+        )
+        return False, {"visual_attention": result}
+
+    def shutdown(self) -> None:
+        if self._shared is not None:
+            self._shared.close()

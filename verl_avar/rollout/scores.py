@@ -1,0 +1,124 @@
+"""Scores per KV-cache slot, in memory that the worker writes and the scheduler reads; and their summary.
+
+A slot's four floats belong to the query token whose key and value sit in that slot, summed over layers.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+COLUMNS = ("ratio", "share", "visual_mass", "system_mass")
+EPS = 1e-6  # of the ratio, METHOD §5
+_PREFIX = "avar-scores-"
+_ITEM = np.dtype(np.float32)
+
+
+def shared_folder() -> Path:
+    """Where score files live: the shared-memory folder where there is one."""
+    return Path("/dev/shm") if os.path.isdir("/dev/shm") else Path(tempfile.gettempdir())
+
+
+def _path(engine_id: str) -> Path:
+    return shared_folder() / (_PREFIX + re.sub(r"[^\w.-]", "_", engine_id))
+
+
+class SharedScores:
+    """float32 [slots, 4] mapped from a file that has a name only until the reader has opened it.
+
+    The writer (worker) creates it, the reader (scheduler) opens and unlinks it, so that nothing is left behind even
+    when both are killed later. `engine_id` is vLLM's, unique to an engine. The writer holds a lock on its file for
+    life: an unlocked one was left by an engine killed while starting, and the next writer removes it.
+    """
+
+    def __init__(self, fd: int, path: Path):
+        self._fd = fd
+        self.path = path
+        self._map = mmap.mmap(fd, os.fstat(fd).st_size)
+        self.array = np.frombuffer(self._map, dtype=_ITEM).reshape(-1, len(COLUMNS))
+
+    @classmethod
+    def create(cls, engine_id: str, slots: int) -> SharedScores:
+        """Raises OSError with the size that is missing where the shared-memory folder is too small."""
+        _remove_abandoned()
+        path = _path(engine_id)
+        size = slots * len(COLUMNS) * _ITEM.itemsize
+        fd, unnamed = tempfile.mkstemp(dir=path.parent)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.posix_fallocate(fd, 0, size)  # a sparse file would end in SIGBUS when the folder fills up
+            os.rename(unnamed, path)
+        except OSError as error:
+            os.close(fd)
+            os.unlink(unnamed)
+            raise OSError(
+                error.errno,
+                f"attention scores need {size / 2**20:.0f} MiB in {path.parent} ({error.strerror}): make room, enlarge "
+                "it (docker: --shm-size), or give the KV cache less memory",
+            ) from error
+        return cls(fd, path)
+
+    @classmethod
+    def open(cls, engine_id: str) -> SharedScores:
+        """Opens the worker's file and removes its name."""
+        path = _path(engine_id)
+        try:
+            fd = os.open(path, os.O_RDWR)
+        except FileNotFoundError:
+            raise RuntimeError(
+                f"the worker's attention scores are not at {path}: scheduler and worker must run on one machine and "
+                "share its shared-memory folder"
+            ) from None
+        path.unlink()
+        return cls(fd, path)
+
+    def close(self) -> None:
+        """Removes the name if the reader never came. The memory goes with the process: views of it may be alive."""
+        self.path.unlink(missing_ok=True)
+
+
+def _remove_abandoned() -> None:
+    for path in shared_folder().glob(_PREFIX + "*"):
+        try:
+            fd = os.open(path, os.O_RDWR)
+        except (FileNotFoundError, PermissionError):  # gone meanwhile, or another user's
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+        except BlockingIOError:  # its engine is starting right now
+            pass
+        finally:
+            os.close(fd)
+
+
+def summarise(scores: np.ndarray, *, layers: int, has_system: bool, tokens: bool) -> dict[str, Any]:
+    """`kv_transfer_params["visual_attention"]` of one response (METHOD §5, ungated).
+
+    scores: float32 [n, 4], the rows of the queries that produced the response's n tokens, summed over `layers`.
+    Returns ratio, share, visual_mass, system_mass (means over queries, layers and heads), n, and with `tokens` the
+    per-token ratios; ratio and share are None, with a `reason`, for an empty response or a prompt without system turn.
+    """
+    per_token = scores.astype(np.float64) / layers
+    if len(per_token) == 0:
+        return undefined("no response token", n=0)
+    ratio, share, visual, system = per_token.mean(axis=0).tolist()
+    result = {"ratio": ratio, "share": share, "visual_mass": visual, "system_mass": system, "n": len(per_token)}
+    if tokens:
+        result["tokens"] = per_token[:, 0].tolist()
+    if not has_system:
+        result.update(ratio=None, share=None, reason="the prompt has no system turn")
+        result.pop("tokens", None)
+    return result
+
+
+def undefined(reason: str, n: int) -> dict[str, Any]:
+    """The result of a request that has no score: every figure None, and why."""
+    return {"ratio": None, "share": None, "visual_mass": None, "system_mass": None, "n": n, "reason": reason}
