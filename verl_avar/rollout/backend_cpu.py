@@ -19,7 +19,7 @@ from vllm.v1.attention.backend import (
     MultipleOf,
 )
 
-from verl_avar.rollout.paged_attention import Tile, attend, plan_tiles, token_scores
+from verl_avar.rollout.paged_attention import Tile, attend, plan_tiles
 from verl_avar.rollout.slots import SlotState
 
 
@@ -163,5 +163,5 @@ class RoleAttention(AttentionImpl):
         masses = torch.zeros(len(slots), 2)
         for tile in meta.tiles:
             attend(query, cache, tile, self.scale, output, masses)
-        state.scores.index_add_(0, slots, token_scores(masses))
+        state.add_scores(slots, masses)
         return output

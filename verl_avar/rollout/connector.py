@@ -10,19 +10,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 import vllm
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole
-from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from verl_avar.reward import summarise
 from verl_avar.roles import Role
 from verl_avar.rollout.options import RequestOptions
 from verl_avar.rollout.plugin import version_error
 from verl_avar.rollout.request import chat_tokens, prompt_roles
-from verl_avar.rollout.scores import SharedScores, summarise, undefined
+from verl_avar.rollout.scores import SharedScores
 from verl_avar.rollout.slots import BlockMarks, SlotState
 
-logger = init_logger(__name__)
+NO_SCORE = {"ratio": None, "share": None, "visual_mass": None, "system_mass": None}
 
 
 @dataclass
@@ -167,21 +168,25 @@ class VisualAttentionConnector(KVConnectorBase_V1):
         tracked = self._requests.pop(request.request_id, None)
         if tracked is None:
             return False, None
-        n = request.num_output_tokens
-        if tracked.no_score is not None:
-            return False, {"visual_attention": undefined(tracked.no_score, n)}
-        if len(block_ids) * self._block_size < request.num_prompt_tokens - 1 + n:
-            return False, {"visual_attention": undefined("aborted while preempted", n)}
+        no_score = tracked.no_score
         # The last token was never a query: the n response tokens come from queries P-1 … P+n-2.
+        n = request.num_output_tokens
         position = request.num_prompt_tokens - 1 + np.arange(n)
-        slots = np.asarray(block_ids, dtype=np.int64)[position // self._block_size] * self._block_size
-        result = summarise(
-            self._shared.array[slots + position % self._block_size],
-            layers=self._layers,
-            has_system=bool((tracked.roles == Role.SYSTEM).any()),
+        if len(block_ids) * self._block_size < request.num_prompt_tokens - 1 + n:
+            no_score = "aborted while it had no place in the KV cache"
+        if no_score is not None:
+            return False, {"visual_attention": {**NO_SCORE, "n": n, "reason": no_score}}
+        blocks = np.asarray(block_ids, dtype=np.int64)[position // self._block_size]
+        summed = self._shared.array[blocks * self._block_size + position % self._block_size]
+        has_system = bool((tracked.roles == Role.SYSTEM).any())
+        score = summarise(
+            torch.from_numpy(summed.T / self._layers),
+            has_system,
             tokens=tracked.options.attention_scores == "tokens",
-        )
-        return False, {"visual_attention": result}
+        ).as_dict()
+        if not has_system:
+            score["reason"] = "the prompt has no system turn"
+        return False, {"visual_attention": score}
 
     def shutdown(self) -> None:
         if self._shared is not None:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 
-from verl_avar.rollout.scores import EPS
 from verl_avar.rollout.slots import SlotState
 
 MAX_WEIGHTS = 2**24  # attention weights held at once (64 MiB in float32)
@@ -100,10 +99,3 @@ def attend(
     out[tile.rows] = attended.reshape(batch, queries, heads, size).to(out.dtype)
     mass = (weights @ tile.indicator[:, None]).view(batch, heads, queries, 2)
     masses[tile.rows] = mass.mean(dim=1)
-
-
-def token_scores(masses: torch.Tensor) -> torch.Tensor:
-    """One layer's share of `scores.COLUMNS`. masses: [tokens, 2] (visual, system). Returns [tokens, 4]."""
-    visual, system = masses.unbind(-1)
-    share = visual / (visual + system).clamp_min(torch.finfo(masses.dtype).tiny)  # 0 where neither role is there
-    return torch.stack((visual / (system + EPS), share, visual, system), dim=-1)

@@ -1,6 +1,7 @@
-"""Scores per KV-cache slot, in memory that the worker writes and the scheduler reads; and their summary.
+"""Scores per KV-cache slot, in memory that the worker writes and the scheduler reads.
 
-A slot's four floats belong to the query token whose key and value sit in that slot, summed over layers.
+A slot's four floats belong to the query token whose key and value sit in that slot, summed over layers;
+their order is that of `verl_avar.reward.token_scores`.
 """
 
 from __future__ import annotations
@@ -11,12 +12,10 @@ import os
 import re
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-COLUMNS = ("ratio", "share", "visual_mass", "system_mass")
-EPS = 1e-6  # of the ratio, METHOD §5
+COLUMNS = 4
 _PREFIX = "avar-scores-"
 _ITEM = np.dtype(np.float32)
 
@@ -42,14 +41,14 @@ class SharedScores:
         self._fd = fd
         self.path = path
         self._map = mmap.mmap(fd, os.fstat(fd).st_size)
-        self.array = np.frombuffer(self._map, dtype=_ITEM).reshape(-1, len(COLUMNS))
+        self.array = np.frombuffer(self._map, dtype=_ITEM).reshape(-1, COLUMNS)
 
     @classmethod
     def create(cls, engine_id: str, slots: int) -> SharedScores:
         """Raises OSError with the size that is missing where the shared-memory folder is too small."""
         _remove_abandoned()
         path = _path(engine_id)
-        size = slots * len(COLUMNS) * _ITEM.itemsize
+        size = slots * COLUMNS * _ITEM.itemsize
         fd, unnamed = tempfile.mkstemp(dir=path.parent)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -97,28 +96,3 @@ def _remove_abandoned() -> None:
             pass
         finally:
             os.close(fd)
-
-
-def summarise(scores: np.ndarray, *, layers: int, has_system: bool, tokens: bool) -> dict[str, Any]:
-    """`kv_transfer_params["visual_attention"]` of one response (METHOD §5, ungated).
-
-    scores: float32 [n, 4], the rows of the queries that produced the response's n tokens, summed over `layers`.
-    Returns ratio, share, visual_mass, system_mass (means over queries, layers and heads), n, and with `tokens` the
-    per-token ratios; ratio and share are None, with a `reason`, for an empty response or a prompt without system turn.
-    """
-    per_token = scores.astype(np.float64) / layers
-    if len(per_token) == 0:
-        return undefined("no response token", n=0)
-    ratio, share, visual, system = per_token.mean(axis=0).tolist()
-    result = {"ratio": ratio, "share": share, "visual_mass": visual, "system_mass": system, "n": len(per_token)}
-    if tokens:
-        result["tokens"] = per_token[:, 0].tolist()
-    if not has_system:
-        result.update(ratio=None, share=None, reason="the prompt has no system turn")
-        result.pop("tokens", None)
-    return result
-
-
-def undefined(reason: str, n: int) -> dict[str, Any]:
-    """The result of a request that has no score: every figure None, and why."""
-    return {"ratio": None, "share": None, "visual_mass": None, "system_mass": None, "n": n, "reason": reason}

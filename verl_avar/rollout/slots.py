@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from verl_avar.reward import token_scores
 from verl_avar.roles import Role
 from verl_avar.rollout.options import RequestOptions
 
@@ -38,7 +39,7 @@ class BlockMarks:
 
 
 class SlotState:
-    """role uint8 [slots], bias float32 [blocks, 2], scores float32 [slots, 4] (`scores.COLUMNS`, shared memory)."""
+    """role uint8 [slots], bias float32 [blocks, 2], scores float32 [slots, 4] (see `scores`)."""
 
     def __init__(self, blocks: int, block_size: int, scores: np.ndarray):
         self.block_size = block_size
@@ -57,6 +58,11 @@ class SlotState:
         """One 0/1 column per scored role. slots: [...]. Returns float32 [..., 2] (visual, system)."""
         roles = self.roles[slots]
         return torch.stack((roles == Role.VISUAL, roles == Role.SYSTEM), dim=-1).float()
+
+    def add_scores(self, slots: torch.Tensor, masses: torch.Tensor) -> None:
+        """Adds one layer's scores of the queries at `slots` [tokens]; masses: [tokens, 2] (visual, system)."""
+        visual, system = masses.T[:, None, None]  # one layer, heads averaged already
+        self.scores.index_add_(0, slots, token_scores(visual, system).T)
 
     def bias_of(self, slots: torch.Tensor) -> torch.Tensor:
         """The bias of the requests that own these slots. slots: [...]. Returns float32 [..., 2]."""
