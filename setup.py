@@ -12,6 +12,7 @@ CORE = [
     "omegaconf>=2.3,<2.4",  # hydra-core, which verl configures itself with, has not moved to 2.4
     "pandas",
     "pillow",
+    "psutil",
     "pyarrow>=19.0",
     "pyyaml",
     "rich",

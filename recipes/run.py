@@ -1,0 +1,157 @@
+"""The runner of every recipe: checks the inputs, runs the stages that are not done yet, prints the report.
+
+python recipes/run.py RECIPE.yaml [--stages a,b] [--out DIR] [key=value …]
+
+Each stage leaves `DIR/STAGE/done.json`; running the command again skips it, and goes on where an unfinished stage
+stopped. A setting that a finished stage depended on can't change under it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import preflight
+from omegaconf import DictConfig
+from rich.console import Console
+from settings import SettingsError, fingerprint, load
+from trainer_process import StageFailed
+
+EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 1, 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="run.py", description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", type=Path, help="a yaml of recipes/")
+    parser.add_argument("--stages", help=f"comma-separated, of {', '.join(preflight.STAGES)}; all by default")
+    parser.add_argument("--out", type=Path, help="folder of the run (default: runs/NAME)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the yaml, such as rl.steps=30")
+    args = parser.parse_args(argv)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    errors = Console(stderr=True)
+    try:
+        recipe = load(args.recipe, args.overrides)
+        out = args.out or Path("runs") / recipe.name
+        chosen = preflight.chosen_stages(args.stages)
+        prepare_environment(recipe)
+        stages = pending(recipe, out, chosen)
+        if {*stages} - {"report"}:
+            preflight.check(recipe, out, stages)
+        run(recipe, out, chosen, console)
+    except SettingsError as error:
+        errors.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
+        return EXIT_BAD_INPUT
+    except StageFailed as error:
+        errors.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
+        errors.print("  run the same command again to go on from the last checkpoint", highlight=False)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        errors.print("interrupted; run the same command again to go on from the last checkpoint", highlight=False)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def prepare_environment(recipe: DictConfig) -> None:
+    """Environment of this process and its trainers; what the user exported wins over the recipe."""
+    from verl_avar.training.environment import prepare
+
+    for name, value in recipe.environment.items():
+        os.environ.setdefault(name, value)
+    prepare(cpu=recipe.needs.gpus == 0)
+    # SIGTERM ends the trainer and its processes as Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+
+
+def pending(recipe: DictConfig, out: Path, chosen: list[str]) -> list[str]:
+    """The chosen stages that are not done. Raises SettingsError where a done stage had other settings."""
+    open_stages = []
+    for stage in chosen:
+        marker = out / stage / "done.json"
+        if not marker.exists() or stage == "report":
+            open_stages.append(stage)
+        elif json.loads(marker.read_text())["settings"] != stage_fingerprint(recipe, stage):
+            raise SettingsError(
+                f"the settings of stage '{stage}' differ from those that {out / stage} was made with; "
+                f"use another --out, or delete that folder and those of the later stages to make it again"
+            )
+    return open_stages
+
+
+def stage_fingerprint(recipe: DictConfig, stage: str) -> str:
+    """Hash of what a stage's result depends on."""
+    parts = [recipe.base, recipe.seed, recipe.data]
+    if stage != "data":
+        parts.append(recipe.coldstart)
+    if stage not in ("data", "coldstart"):
+        parts.append(recipe.agto)
+    if stage in ("rl", "evaluate"):
+        parts += [recipe.rl, recipe.reward_fn]
+    if stage == "evaluate":
+        parts.append(recipe.evaluation)
+    return fingerprint(*parts)
+
+
+def run(recipe: DictConfig, out: Path, chosen: list[str], console: Console) -> None:
+    """Runs the chosen stages in order in the run folder `out`."""
+    import stages
+
+    out.mkdir(parents=True, exist_ok=True)
+    with only_run(out):
+        for stage in chosen:
+            folder = out / stage
+            marker = folder / "done.json"
+            if marker.exists() and stage != "report":
+                console.print(f"{stage}: done before ({json.loads(marker.read_text())['seconds']:.0f} s), skipped")
+                continue
+            folder.mkdir(exist_ok=True)
+            with clock(folder) as seconds:
+                getattr(stages, stage)(recipe, out, console)
+            write_json(marker, {"seconds": seconds(), "settings": stage_fingerprint(recipe, stage)})
+            console.print(f"{stage}: done in {seconds():.0f} s", highlight=False)
+
+
+@contextmanager
+def clock(folder: Path):
+    """Seconds spent on a stage, those of interrupted attempts included."""
+    path = folder / "seconds.json"
+    before = json.loads(path.read_text()) if path.exists() else 0.0
+    start = time.monotonic()
+
+    def seconds() -> float:
+        return before + time.monotonic() - start
+
+    try:
+        yield seconds
+    finally:
+        write_json(path, seconds())
+
+
+@contextmanager
+def only_run(out: Path):
+    """Two runs in one folder would overwrite each other's checkpoints."""
+    with (out / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SettingsError(
+                f"another run is using {out}; wait for it, or choose another folder with --out"
+            ) from None
+        yield
+
+
+def write_json(path: Path, value) -> None:
+    """Whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1))
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

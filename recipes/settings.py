@@ -1,0 +1,99 @@
+"""A recipe's settings: a yaml checked against these dataclasses, with `key=value` overrides on top."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class SettingsError(ValueError):
+    """A mistake in a recipe's settings or inputs, worded for the person who made it."""
+
+
+@dataclass
+class Needs:
+    """What the machine must have before anything starts."""
+
+    disk_gib: float = 0.0
+    memory_gib: float = 0.0
+    gpus: int = 0
+
+
+@dataclass
+class Data:
+    """Parquet files in verl's formats; what is not given is written from the miniature's tasks."""
+
+    sft: str | None = None
+    rl: str | None = None
+    eval: str | None = None
+    sft_rows: int = 4096
+    rl_rows: int = 1024
+    eval_rows_per_task: int = 50
+
+
+@dataclass
+class Training:
+    """One trainer: a config of verl_avar/training/config (or a yaml's path) and hydra overrides of it."""
+
+    config: str = MISSING
+    steps: int = MISSING
+    overrides: list[str] = field(default_factory=list)
+    stall_seconds: float = 600.0  # without output for this long it counts as hung
+
+
+@dataclass
+class Agto:
+    """Weights of the objective in the second cold start (METHOD §4); the first has none."""
+
+    alpha: float = 0.15
+    beta: float = 0.15
+    system_floor: float | None = None
+
+
+@dataclass
+class Evaluation:
+    max_new_tokens: int = 1024
+    batch_size: int = 16
+    pictures: int = 3  # evaluation rows whose attention is drawn, for each of the first and last stage
+
+
+@dataclass
+class Recipe:
+    name: str = MISSING
+    base: str = MISSING  # a checkpoint folder, a hub name, or "miniature" for the one that ships with the package
+    seed: int = 0
+    environment: dict[str, str] = field(default_factory=dict)
+    needs: Needs = field(default_factory=Needs)
+    data: Data = field(default_factory=Data)
+    coldstart: Training = field(default_factory=Training)
+    agto: Agto = field(default_factory=Agto)
+    rl: Training = field(default_factory=Training)
+    reward_fn: str = "reward_fns/avar.py"
+    evaluation: Evaluation = field(default_factory=Evaluation)
+
+
+def load(path: Path, overrides: list[str]) -> DictConfig:
+    """The recipe of a yaml with overrides. Raises SettingsError, one line, for anything unknown, missing or mistyped."""
+    try:
+        if bad := [o for o in overrides if "=" not in o]:
+            raise SettingsError(f"'{bad[0]}' is not an override; write key=value, such as rl.steps=30")
+        recipe = OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.load(path), OmegaConf.from_dotlist(overrides))
+        if missing := OmegaConf.missing_keys(recipe):
+            raise SettingsError(f"{path.name}: no value for {', '.join(sorted(missing))}")
+        return recipe
+    except FileNotFoundError:
+        raise SettingsError(f"no recipe {path}") from None
+    except OmegaConfBaseException as error:
+        where = f" (at {error.full_key})" if error.full_key else ""
+        raise SettingsError(f"{path.name}: {str(error).splitlines()[0]}{where}") from None
+
+
+def fingerprint(*parts: DictConfig | str | int) -> str:
+    """Short hash of the settings that a stage depends on."""
+    plain = [OmegaConf.to_container(p) if OmegaConf.is_config(p) else p for p in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]

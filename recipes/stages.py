@@ -1,0 +1,214 @@
+"""The stages of a run, each a function of (recipe, run folder, console) that can be called again where it stopped."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import track
+from trainer_process import read_metrics, run_trainer
+
+ROOT = Path(__file__).resolve().parent.parent
+# Names of the evaluated checkpoints, in the order of training.
+CHECKPOINTS = ("base", "coldstart", "coldstart_agto", "avar")
+FOLDERS = {"coldstart": "coldstart", "coldstart_agto": "coldstart_agto", "avar": "rl"}
+
+
+def data(recipe: DictConfig, out: Path, console: Console) -> None:
+    """Writes the parquet files that the recipe does not give."""
+    from verl_avar.miniature import data as miniature
+
+    settings, seed = recipe.data, recipe.seed
+    writers = {
+        "sft": lambda path: miniature.write_sft(path, settings.sft_rows, seed),
+        "rl": lambda path: miniature.write_rl(path, settings.rl_rows, seed),
+        "eval": lambda path: miniature.write_eval(path, settings.eval_rows_per_task, seed),
+    }
+    for kind, write in writers.items():
+        if settings[kind] is None:
+            path = data_file(recipe, out, kind)
+            write(path)
+            console.print(f"data: {path} ({len(pd.read_parquet(path))} rows)", highlight=False)
+
+
+def data_file(recipe: DictConfig, out: Path, kind: str) -> Path:
+    """The parquet file of a kind: the user's own, or the one that the data stage wrote."""
+    return Path(recipe.data[kind]) if recipe.data[kind] else out / "data" / f"{kind}.parquet"
+
+
+def coldstart(recipe: DictConfig, out: Path, console: Console) -> None:
+    """SFT without the attention-guided objective."""
+    _sft(recipe, out, "coldstart", alpha=0.0, beta=0.0, floor=None, console=console)
+
+
+def coldstart_agto(recipe: DictConfig, out: Path, console: Console) -> None:
+    """The same SFT with it: same base, data, order and steps."""
+    agto = recipe.agto
+    _sft(recipe, out, "coldstart_agto", alpha=agto.alpha, beta=agto.beta, floor=agto.system_floor, console=console)
+
+
+def _sft(recipe: DictConfig, out: Path, stage: str, *, alpha, beta, floor, console: Console) -> None:
+    settings = recipe.coldstart
+    overrides = [
+        f"model.path={model_folder(recipe, out, 'base')}",
+        f"data.train_files={data_file(recipe, out, 'sft')}",
+        f"trainer.default_local_dir={out / stage / 'checkpoints'}",
+        f"trainer.total_training_steps={settings.steps}",
+        f"engine.avar.alpha={alpha}",
+        f"engine.avar.beta={beta}",
+        f"engine.avar.system_floor={'null' if floor is None else floor}",
+        *settings.overrides,
+    ]
+
+    def describe(step: dict) -> str:
+        vas = step.get("attention/vas_response")
+        return f"loss {step.get('train/loss', float('nan')):.3f}" + (f"  VAS {vas:.2f}" if vas is not None else "")
+
+    _train("sft", settings, overrides, out / stage, describe, console)
+
+
+def rl(recipe: DictConfig, out: Path, console: Console) -> None:
+    """GRPO with VARS from the checkpoint that AGTO left."""
+    settings = recipe.rl
+    overrides = [
+        f"actor_rollout_ref.model.path={model_folder(recipe, out, 'coldstart_agto')}",
+        f"data.train_files={data_file(recipe, out, 'rl')}",
+        f"data.val_files={data_file(recipe, out, 'eval')}",
+        f"trainer.default_local_dir={out / 'rl' / 'checkpoints'}",
+        f"trainer.total_training_steps={settings.steps}",
+        f"reward.custom_reward_function.path={ROOT / recipe.reward_fn}",
+        *settings.overrides,
+    ]
+
+    def describe(step: dict) -> str:
+        return "  ".join(f"{k} {v:.3f}" for k, v in reward_parts(step).items() if v is not None and k != "step")
+
+    _train("rl", settings, overrides, out / "rl", describe, console)
+
+
+def _train(module: str, settings, overrides: list[str], folder: Path, describe, console: Console) -> None:
+    run_trainer(
+        [sys.executable, "-m", f"verl_avar.training.{module}", "--config-name", settings.config, *overrides],
+        folder.absolute(),
+        environment={},
+        total_steps=settings.steps,
+        stall_seconds=settings.stall_seconds,
+        describe=describe,
+        console=console,
+    )
+
+
+def model_folder(recipe: DictConfig, out: Path, name: str) -> str:
+    """Where the model of a stage lies, in Hugging Face format."""
+    if name == "base":
+        if recipe.base != "miniature":
+            return recipe.base
+        from verl_avar.miniature import base_path
+
+        return str(base_path())
+    from verl_avar.training.checkpoint import latest_model
+
+    return str(latest_model(out / FOLDERS[name] / "checkpoints"))
+
+
+def evaluate(recipe: DictConfig, out: Path, console: Console) -> None:
+    """Greedy accuracy, shuffled control, VAS and masses of the base and of every trained stage."""
+    from verl_avar.evaluation.evaluate import evaluate as evaluate_checkpoint
+
+    rows = pd.read_parquet(data_file(recipe, out, "eval"))
+    compute_score = reward_function(ROOT / recipe.reward_fn)
+
+    def score(row: dict, text: str) -> float:
+        truth = row["reward_model"]["ground_truth"]
+        return compute_score(row["data_source"], text, truth, {}, lambda_v=0.0, on_missing="zero")["acc"]
+
+    def progress(steps: Iterable, label: str) -> Iterable:
+        return track(steps, description=f"evaluate: {name}, {label}", console=console)
+
+    for name in CHECKPOINTS:
+        done = out / "evaluate" / f"{name}.json"
+        if done.exists():
+            continue
+        if name != "base" and not (out / FOLDERS[name] / "done.json").exists():
+            console.print(f"evaluate: {name} has not been trained, left out")
+            continue
+        results = evaluate_checkpoint(
+            model_folder(recipe, out, name), rows, score,
+            max_new_tokens=recipe.evaluation.max_new_tokens, batch_size=recipe.evaluation.batch_size,
+            seed=recipe.seed, progress=progress,
+        )  # fmt: skip
+        answers = rows[["extra_info", "reward_model"]].assign(response=results.pop("responses"))
+        answers.to_parquet(done.with_suffix(".parquet"))
+        done.write_text(json.dumps({"name": name, "samples": len(rows)} | results, indent=1))
+        console.print(f"evaluate: {name}: accuracy {results['accuracy']['all']:.3f}", highlight=False)
+
+
+def report(recipe: DictConfig, out: Path, console: Console) -> None:
+    """results.json, figures and the page, from what the other stages left."""
+    from verl_avar.evaluation.checkpoint import load_checkpoint
+    from verl_avar.evaluation.heatmap import heatmap_sample
+    from verl_avar.report import print_table, render
+
+    results = collect(recipe, out)
+    evaluated = [stage["name"] for stage in results["stages"]]
+    rows = pd.read_parquet(data_file(recipe, out, "eval"))
+    chosen = rows.iloc[:: max(1, len(rows) // max(1, recipe.evaluation.pictures))][: recipe.evaluation.pictures]
+    samples = []
+    for name in dict.fromkeys((evaluated[min(1, len(evaluated) - 1)], evaluated[-1])):
+        checkpoint = load_checkpoint(model_folder(recipe, out, name))
+        samples += [
+            heatmap_sample(checkpoint, row, recipe.evaluation.max_new_tokens, name) for _, row in chosen.iterrows()
+        ]
+    folder = out / "report"
+    temporary = folder / "results.tmp"
+    temporary.write_text(json.dumps(results, indent=1))
+    temporary.replace(folder / "results.json")
+    page = render(results, out, samples)
+    print_table(results, console)
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+
+
+def collect(recipe: DictConfig, out: Path) -> dict:
+    """`results.json` (its schema: verl_avar/report/report.py) from the stages' own files."""
+    stages = []
+    for name in CHECKPOINTS:
+        path = out / "evaluate" / f"{name}.json"
+        if not path.exists():
+            continue
+        stage = json.loads(path.read_text())
+        trained = out / FOLDERS.get(name, name) / "done.json"
+        # The time that the report shows is the training's; that of evaluating is beside it.
+        stage["evaluation_seconds"] = stage["seconds"]
+        stage["seconds"] = json.loads(trained.read_text())["seconds"] if trained.exists() else 0.0
+        stages.append(stage)
+    steps = [reward_parts(step) for step in read_metrics(out / "rl")]
+    config = {"recipe": recipe.name, "seed": recipe.seed, "AGTO α, β": f"{recipe.agto.alpha}, {recipe.agto.beta}"}
+    return {"stages": stages, "rl": [s for s in steps if s["reward"] is not None], "config": config}
+
+
+def reward_parts(step: dict) -> dict:
+    """The parts of the reward in verl's metrics of one RL step."""
+    names = {
+        "reward": "critic/score/mean",
+        "acc": "reward/acc",
+        "format": "reward/format",
+        "visual": "reward/visual",
+        "visual_raw": "reward/visual_raw",
+        "visual_mass": "reward/visual_mass",
+        "system_mass": "reward/system_mass",
+    }
+    return {"step": step["step"]} | {part: step.get(name) for part, name in names.items()}
+
+
+def reward_function(path: Path):
+    """`compute_score` of a file of reward_fns/, loaded as verl does."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.compute_score

@@ -1,0 +1,195 @@
+"""Runs one trainer as a child process: its log in a file, its steps on the terminal, and no process left behind."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+POLL_SECONDS = 0.5
+GRACE_SECONDS = 20.0  # between SIGTERM and SIGKILL: Ray and vLLM need a few seconds to leave
+LINES_PER_RUN = 20  # step lines where the output is not a terminal
+
+
+class StageFailed(Exception):
+    """A stage that could not go on: one line for the user."""
+
+
+def run_trainer(
+    command: Sequence[str],
+    folder: Path,
+    *,
+    environment: Mapping[str, str],
+    total_steps: int,
+    stall_seconds: float,
+    describe: Callable[[dict], str],
+    console: Console,
+) -> None:
+    """Runs `command` to its end.
+
+    folder: gets `log.txt` (all output), `metrics_N.jsonl` for the N-th start (a line a step, written by verl's file
+    logger, which would overwrite an earlier one) and, while it runs, `process.json`. stall_seconds: without output for this long, it counts as hung and is ended.
+    describe: a step's metrics -> what to show of them. Raises StageFailed with the trainer's own error line.
+    """
+    end_leftover(folder)
+    metrics = folder / f"metrics_{len(list(folder.glob('metrics_*.jsonl')))}.jsonl"
+    log = folder / "log.txt"
+    environment = dict(os.environ) | dict(environment) | {"VERL_FILE_LOGGER_PATH": str(metrics)}
+    started = time.time()
+    with log.open("ab") as output:
+        child = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
+            start_new_session=True, preexec_fn=_die_with_parent,
+        )  # fmt: skip
+    log_start = log.stat().st_size
+    process = psutil.Process(child.pid)
+    record = {"pid": child.pid, "created": process.create_time(), "started": started}
+    (folder / "process.json").write_text(json.dumps(record))
+    family: set[psutil.Process] = {process}
+    steps = _Steps(metrics, total_steps, folder.name, describe, console)
+    try:
+        with steps:
+            while child.poll() is None:
+                family |= _descendants(process)
+                steps.update()
+                if time.time() - max(log.stat().st_mtime, started) > stall_seconds:
+                    raise StageFailed(f"{folder.name}: no output for {stall_seconds:.0f} s, ended; see {log}")
+                time.sleep(POLL_SECONDS)
+            steps.update()
+    finally:
+        end_processes(family)
+        child.wait()
+        remove_shared_memory(started)
+        (folder / "process.json").unlink(missing_ok=True)
+    if child.returncode != 0:
+        raise StageFailed(f"{folder.name}: {_error_line(log, log_start)} (exit {child.returncode}; all of it in {log})")
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The steps of all starts of a trainer, ascending, each {"step": …} | its metrics; the newest start counts."""
+    steps = {}
+    for path in sorted(folder.glob("metrics_*.jsonl"), key=lambda path: int(path.stem.split("_")[1])):
+        for line in path.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:  # the last line of a run that was killed while it wrote
+                continue
+            # verl writes training and validation metrics of one step as separate lines.
+            steps.setdefault(entry["step"], {}).update(entry["data"])
+    return [{"step": step} | steps[step] for step in sorted(steps)]
+
+
+def end_leftover(folder: Path) -> None:
+    """Ends a trainer that an earlier, killed run left in this folder, and removes its shared memory."""
+    path = folder / "process.json"
+    if not path.exists():
+        return
+    record = json.loads(path.read_text())
+    try:
+        process = psutil.Process(record["pid"])
+        if process.create_time() == record["created"]:  # else the pid is somebody else's by now
+            end_processes({process} | _descendants(process))
+    except psutil.NoSuchProcess:
+        pass
+    remove_shared_memory(record["started"])
+    path.unlink()
+
+
+def end_processes(processes: set[psutil.Process]) -> None:
+    """SIGTERM, some seconds, SIGKILL: to these handles and no others."""
+    alive = [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    for stop in (psutil.Process.terminate, psutil.Process.kill):
+        for process in alive:
+            try:
+                stop(process)
+            except psutil.NoSuchProcess:
+                pass
+        _, alive = psutil.wait_procs(alive, timeout=GRACE_SECONDS)
+
+
+def remove_shared_memory(since: float) -> None:
+    """Removes this user's `psm_*` segments made since a time and mapped by no process (verl leaves them; Linux)."""
+    shared = Path("/dev/shm")
+    mine = [f for f in shared.glob("psm_*") if f.stat().st_uid == os.getuid() and f.stat().st_mtime >= since]
+    if not mine:
+        return
+    mapped = ""
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            mapped += maps.read_text()
+        except OSError:  # it ended, or is another user's
+            continue
+    for segment in mine:
+        if segment.name not in mapped:
+            segment.unlink(missing_ok=True)
+
+
+def _descendants(process: psutil.Process) -> set[psutil.Process]:
+    try:
+        return set(process.children(recursive=True))
+    except psutil.NoSuchProcess:
+        return set()
+
+
+def _die_with_parent() -> None:
+    # Without this a killed runner would leave its trainer training (Linux only; elsewhere end_leftover does it).
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def _error_line(log: Path, start: int) -> str:
+    """The last line of the log that names an error, without Ray's prefix and colours."""
+    with log.open("rb") as file:
+        file.seek(start)
+        text = file.read().decode(errors="replace")
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    lines = [re.sub(r"^\([^)]*pid=[^)]*\)\s*", "", line).strip() for line in text.splitlines()]
+    errors = [line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception|Interrupt)\b.*: \S", line)]
+    return (errors or [line for line in lines if line] or ["ended without a word"])[-1][:300]
+
+
+class _Steps:
+    """Shows the steps of a metrics file as they come: a bar on a terminal, some lines elsewhere."""
+
+    def __init__(self, path: Path, total: int, name: str, describe, console: Console):
+        self.path, self.total, self.name, self.describe, self.console = path, total, name, describe, console
+        self.shown, self.size = 0, -1
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self.bar = Progress(*columns, TextColumn("{task.fields[figures]}"), console=console)
+
+    def __enter__(self):
+        if self.console.is_terminal:
+            self.bar.start()
+            self.task = self.bar.add_task(f"{self.name}: starting", total=self.total, figures="")
+        else:
+            self.console.print(f"{self.name}: starting, {self.total} steps")
+        return self
+
+    def __exit__(self, *_):
+        self.bar.stop()
+
+    def update(self) -> None:
+        size = self.path.stat().st_size if self.path.exists() else -1
+        if size == self.size:
+            return
+        self.size = size
+        steps = read_metrics(self.path.parent)
+        if not steps:
+            return
+        step, figures = steps[-1]["step"], self.describe(steps[-1])
+        if self.console.is_terminal:
+            self.bar.update(self.task, completed=step, description=self.name, figures=figures)
+        elif step >= self.shown + max(1, self.total // LINES_PER_RUN) or (step == self.total and step > self.shown):
+            self.console.print(f"{self.name}: step {step}/{self.total}  {figures}", highlight=False)
+            self.shown = step
