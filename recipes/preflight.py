@@ -49,12 +49,14 @@ def check_machine(recipe: DictConfig, out: Path) -> None:
     free = shutil.disk_usage(place).free / GIB
     if free < recipe.needs.disk_gib:
         raise SettingsError(
-            f"{place} has {free:.1f} GiB free, the run needs {recipe.needs.disk_gib:g}; free some or use --out DIR elsewhere"
+            f"{place} has {free:.1f} GiB free, the run needs {recipe.needs.disk_gib:g}; "
+            "free some, or choose another disk with --out DIR"
         )
     available = psutil.virtual_memory().available / GIB
     if available < recipe.needs.memory_gib:
         raise SettingsError(
-            f"{available:.1f} GiB of memory are available, the run needs {recipe.needs.memory_gib:g}; close other programs"
+            f"{available:.1f} GiB of memory are available, the run needs {recipe.needs.memory_gib:g}; "
+            "close other programs"
         )
 
 

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--stages", help=f"comma-separated, of {', '.join(preflight.STAGES)}; all by default")
     parser.add_argument("--out", type=Path, help="folder of the run (default: runs/NAME)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the yaml, such as rl.steps=30")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 120)
     errors = Console(stderr=True)
     try:

@@ -78,7 +78,7 @@ class Recipe:
 
 
 def load(path: Path, overrides: list[str]) -> DictConfig:
-    """The recipe of a yaml with overrides. Raises SettingsError, one line, for anything unknown, missing or mistyped."""
+    """The recipe of a yaml with overrides. Raises SettingsError for anything unknown, missing or mistyped."""
     try:
         if bad := [o for o in overrides if "=" not in o]:
             raise SettingsError(f"'{bad[0]}' is not an override; write key=value, such as rl.steps=30")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -39,7 +40,8 @@ def run_trainer(
     """Runs `command` to its end.
 
     folder: gets `log.txt` (all output), `metrics_N.jsonl` for the N-th start (a line a step, written by verl's file
-    logger, which would overwrite an earlier one) and, while it runs, `process.json`. stall_seconds: without output for this long, it counts as hung and is ended.
+    logger, which would overwrite an earlier one) and, while it runs, `process.json`.
+    stall_seconds: without output for this long, it counts as hung and is ended.
     describe: a step's metrics -> what to show of them. Raises StageFailed with the trainer's own error line.
     """
     end_leftover(folder)
@@ -96,12 +98,10 @@ def end_leftover(folder: Path) -> None:
     if not path.exists():
         return
     record = json.loads(path.read_text())
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(record["pid"])
         if process.create_time() == record["created"]:  # else the pid is somebody else's by now
             end_processes({process} | _descendants(process))
-    except psutil.NoSuchProcess:
-        pass
     remove_shared_memory(record["started"])
     path.unlink()
 
@@ -111,10 +111,8 @@ def end_processes(processes: set[psutil.Process]) -> None:
     alive = [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     for stop in (psutil.Process.terminate, psutil.Process.kill):
         for process in alive:
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 stop(process)
-            except psutil.NoSuchProcess:
-                pass
         _, alive = psutil.wait_procs(alive, timeout=GRACE_SECONDS)
 
 
