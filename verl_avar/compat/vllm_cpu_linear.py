@@ -24,6 +24,8 @@ def apply() -> None:
         return
 
     def dispatch_cpu_unquantized_gemm(layer, remove_weight: bool) -> None:
+        if getattr(layer, "cpu_linear", None) is linear:  # a sync dispatches again, with no current config to ask
+            return
         is_linear = layer.weight.ndim == 2 and not layer.weight.is_meta
         if is_linear and get_current_vllm_config().parallel_config.worker_extension_cls:
             layer.cpu_linear = linear
