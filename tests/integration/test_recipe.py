@@ -1,0 +1,107 @@
+"""The tiny recipe as a user runs it, with few steps: every stage, a kill in the middle of RL, and the report."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT
+from trainer_process import read_metrics
+
+SMALL = [
+    "data.sft_rows=96",
+    "data.rl_rows=64",
+    "data.eval_rows_per_task=3",
+    "coldstart.steps=3",
+    "rl.steps=6",
+    "rl.overrides=[trainer.save_freq=2,data.train_batch_size=4,actor_rollout_ref.actor.ppo_mini_batch_size=4]",
+    "evaluation.max_new_tokens=24",
+    "evaluation.pictures=1",
+    "needs.memory_gib=4",
+]
+TASKS = {"all", "colour", "where", "count", "digit"}
+
+
+def command(out: Path, *arguments: str) -> list[str]:
+    recipe = ROOT / "recipes" / "avar_tiny_cpu.yaml"
+    return [sys.executable, str(ROOT / "recipes" / "run.py"), str(recipe), "--out", str(out), *arguments, *SMALL]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    """A run that was killed in the middle of RL and finished by a second command."""
+    out = tmp_path_factory.mktemp("recipe") / "run"
+    with subprocess.Popen(command(out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as first:
+        try:
+            limit = time.monotonic() + 400
+            while not any(step["step"] >= 3 for step in read_metrics(out / "rl")):
+                assert first.poll() is None, first.stderr.read()
+                assert time.monotonic() < limit, (out / "rl" / "log.txt").read_text()[-2000:]
+                time.sleep(0.5)
+            trainer = json.loads((out / "rl" / "process.json").read_text())
+        finally:
+            first.kill()
+    second = subprocess.run(command(out), capture_output=True, text=True, timeout=500)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert not psutil.pid_exists(trainer["pid"])
+    (out / "second.txt").write_text(second.stdout)
+    return out
+
+
+@pytest.mark.timeout(900)
+def test_a_killed_run_goes_on_from_its_last_checkpoint(out):
+    shown = (out / "second.txt").read_text()
+    assert "coldstart: done before" in shown and "coldstart_agto: done before" in shown
+    first, second = (
+        [json.loads(line)["step"] for line in (out / "rl" / f"metrics_{n}.jsonl").read_text().splitlines()]
+        for n in (0, 1)
+    )
+    assert max(first) >= 3 and max(second) == 6
+    assert min(step for step in second if step > 0) == 2 * (max(first) // 2) + 1 or min(second) >= 3
+
+
+def test_results_have_every_stage_and_the_parts_of_every_reward(out):
+    results = json.loads((out / "report" / "results.json").read_text())
+    assert [stage["name"] for stage in results["stages"]] == ["base", "coldstart", "coldstart_agto", "avar"]
+    for stage in results["stages"]:
+        assert set(stage["accuracy"]) == set(stage["shuffled"]) == TASKS
+        assert all(0 <= value <= 1 for value in stage["accuracy"].values())
+        for scope in ("user", "response"):
+            assert set(stage["vas"][scope]) == {"paper", "head_mean", "median"}
+            assert all(value > 0 for value in stage["vas"][scope].values())
+        assert 0 < stage["mass"]["visual"] < 1 and 0 < stage["mass"]["system"] < 1
+    assert [step["step"] for step in results["rl"]] == [1, 2, 3, 4, 5, 6]
+    for step in results["rl"]:
+        assert step["visual_raw"] > 0
+        expected = step["acc"] + 0.3 * step["visual"] + 0.1 * step["format"]
+        assert step["reward"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_report_is_one_page_with_pictures(out):
+    page = (out / "report" / "index.html").read_text()
+    assert "data:image/png;base64" in page and "http://" not in page.replace("http://www.w3.org", "")
+    assert len(list((out / "report").rglob("*.png"))) >= 3
+
+
+def test_a_finished_run_is_skipped_at_once(out):
+    start = time.monotonic()
+    again = subprocess.run(command(out), capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0 and again.stdout.count("skipped") == 5
+    assert time.monotonic() - start < 60
+
+
+def test_nothing_is_left_in_shared_memory(out):
+    mapped = "".join(p.read_text() for p in Path("/proc").glob("[0-9]*/maps") if _readable(p))
+    left = [f.name for f in Path("/dev/shm").glob("psm_*") if f.stat().st_mtime > (out / "data").stat().st_ctime]
+    assert [name for name in left if name not in mapped] == []
+
+
+def _readable(path: Path) -> bool:
+    try:
+        path.read_text()
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,118 @@
+"""Answers, masses and figures of a checkpoint, on the miniature with random weights."""
+
+import pandas as pd
+import pytest
+import torch
+
+from verl_avar.attention import reference
+from verl_avar.attention.hf import set_attention
+from verl_avar.attention.mass import MASS_ROLES
+from verl_avar.evaluation.answer import answer, answer_masses
+from verl_avar.evaluation.checkpoint import load_checkpoint, prompt_inputs
+from verl_avar.evaluation.evaluate import evaluate, shuffled_images
+from verl_avar.evaluation.heatmap import attention_to_cells, heatmap_sample, sentences
+from verl_avar.miniature.data import write_eval
+from verl_avar.miniature.model import build_model, build_processor, save
+from verl_avar.miniature.tokenizer import build_tokenizer
+from verl_avar.roles import Role, query_mask
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = build_tokenizer(samples=200)
+    save(folder, build_model(tokenizer, seed=1), build_processor(tokenizer))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return pd.read_parquet(write_eval(tmp_path_factory.mktemp("rows") / "eval.parquet", 3, seed=0))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder):
+    return load_checkpoint(folder)
+
+
+@pytest.fixture(scope="module")
+def answers(checkpoint, rows):
+    return answer(checkpoint, list(rows["prompt"][:4]), list(rows["images"][:4]), max_new_tokens=12)
+
+
+def test_roles_of_generated_sequences(checkpoint, answers):
+    visual = (answers.roles == Role.VISUAL).sum(-1)
+    assert visual.tolist() == [9] * 4  # one visual token a cell
+    written = (answers.roles == Role.RESPONSE).sum(-1)
+    assert (written > 0).all() and (answers.roles[:, : answers.prompt_length] != Role.RESPONSE).all()
+    assert query_mask(answers.roles, "response").sum(-1).equal(written)
+
+
+def test_masses_of_responses_equal_eager_maps(checkpoint, answers):
+    record = answer_masses(checkpoint, answers)
+    set_attention(checkpoint.model, "avar_eager")
+    with torch.no_grad():
+        maps = checkpoint.model(**answers.inputs, output_attentions=True).attentions
+    set_attention(checkpoint.model, "avar_sdpa")
+    asked = query_mask(answers.roles, "user+response")
+    for column, role in enumerate(MASS_ROLES):
+        expected = torch.stack([reference.role_mass(m, answers.roles, MASS_ROLES)[..., column] for m in maps])
+        ours = record.mass(role)
+        torch.testing.assert_close(
+            ours.transpose(2, 3)[:, asked], expected.transpose(2, 3)[:, asked], atol=1e-5, rtol=1e-4
+        )
+
+
+def test_attention_to_cells_sums_to_the_visual_mass(checkpoint, rows):
+    one = answer(checkpoint, list(rows["prompt"][:1]), list(rows["images"][:1]), max_new_tokens=8)
+    cells = attention_to_cells(checkpoint, one)
+    n = int(query_mask(one.roles, "response").sum())
+    assert cells.shape == (n, 3, 3)
+    mass = answer_masses(checkpoint, one, "response").mass(Role.VISUAL).mean(dim=(0, 2))[0]
+    torch.testing.assert_close(
+        torch.from_numpy(cells).sum((1, 2)), mass[query_mask(one.roles, "response")[0]], atol=1e-5, rtol=1e-4
+    )
+
+
+def test_heatmap_pieces_are_the_response(checkpoint, rows):
+    sample = heatmap_sample(checkpoint, rows.iloc[0], 12, "base")
+    text = answer(checkpoint, [rows["prompt"].iloc[0]], [rows["images"].iloc[0]], 12).texts[0]
+    assert "".join(piece for piece, _ in sample.steps).removesuffix("<|im_end|>") == text
+    assert all(weights.shape == (3, 3) for _, weights in sample.steps)
+
+
+def test_sentences():
+    tokens = ["I", " see", " a", " cat", ".", " Look", "ing", ",", " red", "</think>", "<answer>", "red", "</answer>"]
+    assert ["".join(s) for s in sentences(tokens)] == [
+        "I see a cat.",
+        " Looking,",
+        " red</think>",
+        "<answer>red</answer>",
+    ]
+
+
+def test_an_evaluation_has_every_figure(folder, rows):
+    results = evaluate(folder, rows, lambda row, text: float(row["extra_info"]["task"] == "count"), max_new_tokens=6)
+    assert results["accuracy"] == results["shuffled"]
+    assert results["accuracy"] == {"all": 0.25, "colour": 0.0, "where": 0.0, "count": 1.0, "digit": 0.0}
+    assert len(results["responses"]) == len(rows)
+    for scope in ("user", "response"):
+        assert set(results["vas"][scope]) == {"paper", "head_mean", "median"}
+    assert 0 < results["mass"]["visual"] < 1
+    # Both are means over queries of the head-averaged ratio, one over all queries, one over responses.
+    assert results["vars_ratio"] == pytest.approx(results["vas"]["response"]["head_mean"], rel=0.2)
+
+
+def test_no_row_keeps_its_own_image_in_the_shuffled_control(rows):
+    shuffled = shuffled_images(rows, seed=3)
+    tasks = [info["task"] for info in rows["extra_info"]]
+    own = {bytes(images[0]["bytes"]): task for images, task in zip(rows["images"], tasks, strict=True)}
+    for images, before, task in zip(shuffled, rows["images"], tasks, strict=True):
+        assert images[0]["bytes"] != before[0]["bytes"] and own[bytes(images[0]["bytes"])] == task
+    with pytest.raises(ValueError, match="at least two rows"):
+        shuffled_images(rows[:1], seed=0)
+
+
+def test_a_prompt_without_its_image_is_an_error(checkpoint, rows):
+    with pytest.raises(ValueError, match="row 0: 1 <image> in the prompt, 0 images"):
+        prompt_inputs(checkpoint, [rows["prompt"].iloc[0]], [[]])
