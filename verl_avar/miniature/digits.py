@@ -34,12 +34,16 @@ def split_of(index: int) -> str:
     return "eval" if index >= EVALUATION_FROM else "train"
 
 
+@cache
+def _members(split: str, digit: int) -> list[int]:
+    """Indices of the samples of one split that show one digit."""
+    labels = _digits()[1]
+    return [index for index in range(len(labels)) if labels[index] == digit and split_of(index) == split]
+
+
 def draw_digit(rng: random.Random, split: str) -> int:
     """Index of a random sample of one split, every digit equally likely."""
-    labels = _digits()[1]
-    members = range(EVALUATION_FROM, len(labels)) if split == "eval" else range(EVALUATION_FROM)
-    wanted = rng.randrange(10)
-    return rng.choice([index for index in members if labels[index] == wanted])
+    return rng.choice(_members(split, rng.randrange(10)))
 
 
 def render(index: int, rng: random.Random | None = None) -> Image.Image:
