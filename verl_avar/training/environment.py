@@ -15,14 +15,13 @@ ANY_MACHINE = {
 }
 CPU_MACHINE = {
     "VERL_PLATFORM": "cpu",
-    "CUDA_VISIBLE_DEVICES": "",
     "OMP_NUM_THREADS": "1",  # one thread a process: there are more processes than cores
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_HOST_IP": "127.0.0.1",
     "GLOO_SOCKET_IFNAME": "lo",
     "HF_HUB_OFFLINE": "1",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_prestart_worker_first_driver": "0",  # starts workers as they are needed, not one for each logical CPU
 }
 
 

@@ -1,0 +1,82 @@
+"""GRPO with visual-anchored rewards (METHOD §5) through verl's V1 trainer, `verl.trainer.main_ppo`.
+
+python -m verl_avar.training.rl [--config-name rl_cpu] key=value …      settings: training/config/rl.yaml
+
+Resumes from the newest checkpoint of `trainer.default_local_dir` (`trainer.resume_mode=auto`).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from verl_avar.training.compose import ConfigError, arguments, compose
+from verl_avar.training.environment import prepare
+from verl_avar.training.metrics import log_to
+from verl_avar.training.watchdog import StalledError, watch
+
+
+def run(config: DictConfig) -> None:
+    """Trains until `trainer.total_training_steps`, on the cluster of RAY_ADDRESS or a local one that ends with the run.
+
+    Raises ConfigError for a mistake in the settings or the data, StalledError for a run that hangs.
+    """
+    check(config)
+    log_to(config.avar.metrics_file)
+
+    import ray
+    from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
+
+    with watch(config.trainer.default_local_dir, config.avar.stall_s):
+        try:
+            run_ppo(config, task_runner_class=TaskRunnerV1)
+        finally:
+            ray.shutdown()
+
+
+def check(config: DictConfig) -> None:
+    """Finds what is wrong with the settings and the data before Ray starts; makes the reward's path absolute."""
+    from verl_avar.training.checks import check_files, check_model
+    from verl_avar.training.config import AvarConfig
+
+    AvarConfig.of(config.actor_rollout_ref.actor.fsdp_config.get("avar"))
+    check_model(config.actor_rollout_ref.model.path)
+    columns = [config.data.prompt_key, "data_source", "reward_model", config.data.image_key]
+    check_files(config.data.train_files, columns)
+    if config.trainer.test_freq > 0 or config.trainer.val_before_train:
+        check_files(config.data.val_files, columns)
+    config.reward.custom_reward_function.path = str(find_reward(config.reward.custom_reward_function.path))
+
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import validate_config
+
+    validate_config(config, need_reference_policy(config), need_critic(config))
+
+
+def find_reward(path: str) -> Path:
+    """A reward file: as given, or under the repository this package is installed from."""
+    for folder in (Path.cwd(), Path(__file__).parents[2]):
+        if (found := folder / Path(path).expanduser()).is_file():
+            return found
+    raise ConfigError(f"reward.custom_reward_function.path: no file {path}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line. 2 for a mistake in the settings, 3 for a run that hung, each told in one line."""
+    try:
+        config = compose(*arguments("verl_avar.training.rl", "rl", argv))
+        prepare(cpu=config.trainer.device == "cpu")
+        run(config)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except StalledError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
