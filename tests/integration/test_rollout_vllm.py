@@ -229,7 +229,9 @@ def test_text_only_prompts_have_defined_scores(engine, samples):
     ],
 )
 def test_a_bad_request_is_refused_and_the_engine_lives_on(engine, prompt, extra, complaint):
-    with pytest.raises(ValueError, match=complaint):
+    from vllm.exceptions import VLLMValidationError
+
+    with pytest.raises(VLLMValidationError, match=complaint):
         engine.generate([prompt], _sampling(extra_args=extra), use_tqdm=False)
     (output,) = engine.generate([_prompt()], _sampling(max_tokens=1), use_tqdm=False)
     assert _score(output)["n"] == 1

@@ -105,12 +105,12 @@ class RoleAttention(AttentionImpl):
         unsupported |= {
             "alibi_slopes": alibi_slopes,
             "sliding_window": sliding_window,
-            "logits_soft_cap": logits_soft_cap,
+            "logits_soft_cap": logits_soft_cap or None,
             "kv_sharing": kv_sharing_target_layer_name,
             f"attention type {attn_type}": attn_type != AttentionType.DECODER,
             f"KV cache of type {kv_cache_dtype}": kv_cache_dtype not in ("auto", "float32", "bfloat16", "float16"),
         }
-        if asked := [name for name, value in unsupported.items() if value]:
+        if asked := [name for name, value in unsupported.items() if value is not None and value is not False]:
             raise NotImplementedError(
                 f"verl_avar.rollout: this model's attention uses {', '.join(asked)}, which the visual-attention "
                 "backend does not support; run this model without its kv_transfer_config"
