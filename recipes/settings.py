@@ -43,7 +43,6 @@ class Training:
     config: str = MISSING
     steps: int = MISSING
     overrides: list[str] = field(default_factory=list)
-    stall_seconds: float = 600.0  # without output for this long it counts as hung
 
 
 @dataclass

@@ -12,7 +12,9 @@ import pandas as pd
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import track
-from trainer_process import read_metrics, run_trainer
+from trainer_process import METRICS, run_trainer
+
+from verl_avar.training.metrics import read_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 # Names of the evaluated checkpoints, in the order of training.
@@ -83,6 +85,7 @@ def rl(recipe: DictConfig, out: Path, console: Console) -> None:
         f"trainer.default_local_dir={out / 'rl' / 'checkpoints'}",
         f"trainer.total_training_steps={settings.steps}",
         f"reward.custom_reward_function.path={ROOT / recipe.reward_fn}",
+        f"avar.metrics_file={out.absolute() / 'rl' / METRICS}",
         *settings.overrides,
     ]
 
@@ -96,9 +99,7 @@ def _train(module: str, settings, overrides: list[str], folder: Path, describe, 
     run_trainer(
         [sys.executable, "-m", f"verl_avar.training.{module}", "--config-name", settings.config, *overrides],
         folder.absolute(),
-        environment={},
         total_steps=settings.steps,
-        stall_seconds=settings.stall_seconds,
         describe=describe,
         console=console,
     )
@@ -187,7 +188,7 @@ def collect(recipe: DictConfig, out: Path) -> dict:
         stage["evaluation_seconds"] = stage["seconds"]
         stage["seconds"] = json.loads(trained.read_text())["seconds"] if trained.exists() else 0.0
         stages.append(stage)
-    steps = [reward_parts(step) for step in read_metrics(out / "rl")]
+    steps = [reward_parts(step) for step in read_steps(out / "rl" / METRICS)]
     config = {"recipe": recipe.name, "seed": recipe.seed, "AGTO α, β": f"{recipe.agto.alpha}, {recipe.agto.beta}"}
     return {"stages": stages, "rl": [s for s in steps if s["reward"] is not None], "config": config}
 

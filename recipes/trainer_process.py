@@ -11,13 +11,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from verl_avar.training.metrics import log_to, read_steps
+
+METRICS = "metrics.jsonl"
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 20.0  # between SIGTERM and SIGKILL: Ray and vLLM need a few seconds to leave
 LINES_PER_RUN = 20  # step lines where the output is not a terminal
@@ -31,27 +34,23 @@ def run_trainer(
     command: Sequence[str],
     folder: Path,
     *,
-    environment: Mapping[str, str],
     total_steps: int,
-    stall_seconds: float,
     describe: Callable[[dict], str],
     console: Console,
 ) -> None:
     """Runs `command` to its end.
 
-    folder: gets `log.txt` (all output), `metrics_N.jsonl` for the N-th start (a line a step, written by verl's file
-    logger, which would overwrite an earlier one) and, while it runs, `process.json`.
-    stall_seconds: without output for this long, it counts as hung and is ended.
+    folder: gets `log.txt` (all output), `metrics.jsonl` (a line a step; those of earlier starts stay beside it) and,
+    while it runs, `process.json`.
     describe: a step's metrics -> what to show of them. Raises StageFailed with the trainer's own error line.
     """
     end_leftover(folder)
-    metrics = folder / f"metrics_{len(list(folder.glob('metrics_*.jsonl')))}.jsonl"
-    log = folder / "log.txt"
-    environment = dict(os.environ) | dict(environment) | {"VERL_FILE_LOGGER_PATH": str(metrics)}
+    metrics, log = folder / METRICS, folder / "log.txt"
+    log_to(metrics)
     started = time.time()
     with log.open("ab") as output:
         child = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
+            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
             start_new_session=True, preexec_fn=_die_with_parent,
         )  # fmt: skip
     log_start = log.stat().st_size
@@ -65,8 +64,6 @@ def run_trainer(
             while child.poll() is None:
                 family |= _descendants(process)
                 steps.update()
-                if time.time() - max(log.stat().st_mtime, started) > stall_seconds:
-                    raise StageFailed(f"{folder.name}: no output for {stall_seconds:.0f} s, ended; see {log}")
                 time.sleep(POLL_SECONDS)
             steps.update()
     finally:
@@ -76,20 +73,6 @@ def run_trainer(
         (folder / "process.json").unlink(missing_ok=True)
     if child.returncode != 0:
         raise StageFailed(f"{folder.name}: {_error_line(log, log_start)} (exit {child.returncode}; all of it in {log})")
-
-
-def read_metrics(folder: Path) -> list[dict]:
-    """The steps of all starts of a trainer, ascending, each {"step": …} | its metrics; the newest start counts."""
-    steps = {}
-    for path in sorted(folder.glob("metrics_*.jsonl"), key=lambda path: int(path.stem.split("_")[1])):
-        for line in path.read_text().splitlines():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:  # the last line of a run that was killed while it wrote
-                continue
-            # verl writes training and validation metrics of one step as separate lines.
-            steps.setdefault(entry["step"], {}).update(entry["data"])
-    return [{"step": step} | steps[step] for step in sorted(steps)]
 
 
 def end_leftover(folder: Path) -> None:
@@ -182,7 +165,7 @@ class _Steps:
         if size == self.size:
             return
         self.size = size
-        steps = read_metrics(self.path.parent)
+        steps = read_steps(self.path)
         if not steps:
             return
         step, figures = steps[-1]["step"], self.describe(steps[-1])

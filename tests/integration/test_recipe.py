@@ -9,7 +9,9 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import ROOT
-from trainer_process import read_metrics
+from trainer_process import METRICS
+
+from verl_avar.training.metrics import read_steps
 
 SMALL = [
     "data.sft_rows=96",
@@ -37,7 +39,7 @@ def out(tmp_path_factory) -> Path:
     with subprocess.Popen(command(out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as first:
         try:
             limit = time.monotonic() + 400
-            while not any(step["step"] >= 3 for step in read_metrics(out / "rl")):
+            while not any(step["step"] >= 3 for step in read_steps(out / "rl" / METRICS)):
                 assert first.poll() is None, first.stderr.read()
                 assert time.monotonic() < limit, (out / "rl" / "log.txt").read_text()[-2000:]
                 time.sleep(0.5)
@@ -56,8 +58,8 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(out):
     shown = (out / "second.txt").read_text()
     assert "coldstart: done before" in shown and "coldstart_agto: done before" in shown
     first, second = (
-        [json.loads(line)["step"] for line in (out / "rl" / f"metrics_{n}.jsonl").read_text().splitlines()]
-        for n in (0, 1)
+        [json.loads(line)["step"] for line in (out / "rl" / name).read_text().splitlines()]
+        for name in ("metrics.0.jsonl", METRICS)
     )
     assert max(first) >= 3 and max(second) == 6
     assert min(step for step in second if step > 0) == 2 * (max(first) // 2) + 1 or min(second) >= 3
