@@ -201,6 +201,16 @@ def test_the_same_request_alone_and_in_the_batch_scores_the_same(engine, batch):
         assert _score(alone)["tokens"] == pytest.approx(_score(output)["tokens"], abs=1e-5)
 
 
+def test_a_request_without_roles_leaves_the_prefix_that_it_repeats_alone(engine, samples):
+    good = _prompt(samples[0], system="A long system turn, so that whole blocks of it are cached.")
+    broken = good | {"prompt": good["prompt"] + "<|im_end|>\n<|im_start|>system\n"}
+    alone, _ = engine.generate([good, _prompt()], _sampling(), use_tqdm=False)
+    assert engine.reset_prefix_cache()
+    beside, unscored = engine.generate([good, broken], _sampling(), use_tqdm=False)
+    assert "a system turn after a user turn" in _score(unscored)["reason"]
+    assert _score(beside)["tokens"] == pytest.approx(_score(alone)["tokens"], abs=1e-5)
+
+
 def test_a_summary_has_no_token_list_and_one_token_is_enough(engine, samples):
     (output,) = engine.generate([_prompt(samples[0])], _sampling(max_tokens=1, extra_args=None), use_tqdm=False)
     assert set(_score(output)) == {"ratio", "share", "visual_mass", "system_mass", "n"}

@@ -40,7 +40,7 @@ def _engine(**extra_config):
 
 def _request(extra_args, ids=PROMPT, features=()):
     params = SimpleNamespace(extra_args=extra_args)
-    return SimpleNamespace(sampling_params=params, prompt_token_ids=ids, mm_features=list(features))
+    return SimpleNamespace(sampling_params=params, prompt_token_ids=ids, mm_features=list(features), resumable=False)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +70,7 @@ def test_equal_biases_share_a_salt_and_others_do_not():
     salt = RequestOptions(visual_bias=1).cache_salt
     assert salt == RequestOptions(visual_bias=1.0, attention_scores="tokens").cache_salt
     assert salt != RequestOptions(system_bias=1.0).cache_salt
+    assert RequestOptions(visual_bias=0, system_bias=-0.0).cache_salt == ""
 
 
 def test_visual_roles_are_the_embedded_positions_of_images():
@@ -89,6 +90,13 @@ def test_a_bias_on_a_prompt_without_roles_is_refused_and_a_score_is_not(monkeypa
     with pytest.raises(ValueError, match="no turn starts"):
         request.refuse_bad_request(_engine(), _request({"visual_bias": 1.0}, ids=[20, 21]))
     request.refuse_bad_request(_engine(), _request(None, ids=[20, 21]))
+
+
+def test_a_prompt_in_parts_is_refused():
+    part = _request(None)
+    part.resumable = True
+    with pytest.raises(ValueError, match="send the prompt as a whole"):
+        request.refuse_bad_request(_engine(), part)
 
 
 def test_the_engines_default_bias_counts_as_the_requests(monkeypatch):

@@ -24,6 +24,7 @@ from verl_avar.rollout.scores import SharedScores
 from verl_avar.rollout.slots import BlockMarks, SlotState
 
 NO_SCORE = {"ratio": None, "share": None, "visual_mass": None, "system_mass": None}
+UNSCORED_SALT = "avar:unscored"
 
 
 @dataclass
@@ -128,18 +129,22 @@ class VisualAttentionConnector(KVConnectorBase_V1):
         pass
 
     def on_new_request(self, request) -> None:
-        if request.sampling_params is None:
-            return
-        options, no_score = self._defaults, None
+        roles = np.zeros(request.num_prompt_tokens, dtype=np.uint8)
+        options, no_score = RequestOptions(), None
         try:
-            options = RequestOptions.from_mapping(request.sampling_params.extra_args or {}, self._defaults)
+            if request.sampling_params is None:
+                raise ValueError("a pooling request has no response")
+            wanted = RequestOptions.from_mapping(request.sampling_params.extra_args or {}, self._defaults)
             roles = prompt_roles(request.prompt_token_ids, request.mm_features, self._chat)
+            options = wanted
         except ValueError as error:
             # The front end has refused what would be a bad request; here an exception would end the engine.
-            roles, options, no_score = np.zeros(request.num_prompt_tokens, np.uint8), RequestOptions(), str(error)
+            no_score = str(error)
         self._requests[request.request_id] = Tracked(roles, options, no_score=no_score)
-        if options.biased:
-            request.cache_salt = f"{request.cache_salt or ''}{options.cache_salt}"
+        # Blocks are shared by requests that agree on their bias, and on the roles that they write into them.
+        salt = UNSCORED_SALT if no_score else options.cache_salt
+        if salt:
+            request.cache_salt = f"{request.cache_salt or ''}{salt}"
             request.block_hashes.clear()
             request.update_block_hashes()
 
@@ -154,9 +159,7 @@ class VisualAttentionConnector(KVConnectorBase_V1):
         return StepMarks(marks)
 
     def _give(self, marks: BlockMarks, request_id: str, block_ids: tuple[list[int], ...], restart: bool) -> None:
-        tracked = self._requests.get(request_id)
-        if tracked is None:  # a pooling request
-            return
+        tracked = self._requests[request_id]
         if restart:  # after a preemption the blocks are new from the first on
             tracked.blocks = 0
         (blocks,) = block_ids
@@ -165,9 +168,7 @@ class VisualAttentionConnector(KVConnectorBase_V1):
             tracked.blocks += len(blocks)
 
     def request_finished(self, request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        tracked = self._requests.pop(request.request_id, None)
-        if tracked is None:
-            return False, None
+        tracked = self._requests.pop(request.request_id)
         no_score = tracked.no_score
         # The last token was never a query: the n response tokens come from queries P-1 … P+n-2.
         n = request.num_output_tokens

@@ -37,7 +37,10 @@ class RequestOptions:
 
     @property
     def cache_salt(self) -> str:
-        """Keeps the prefix cache of this bias apart: a bias changes every key and value after the first layer."""
+        """Keeps the prefix cache of this bias apart: a bias changes every key and value after the first layer. Empty
+        without a bias."""
+        if not self.biased:
+            return ""
         return f"avar:{float(self.visual_bias)!r}:{float(self.system_bias)!r}"
 
     def as_dict(self) -> dict[str, Any]:

@@ -75,6 +75,8 @@ def refuse_bad_request(vllm_config: Any, request: Any) -> None:
                 "kv_transfer_config=verl_avar.rollout.kv_transfer_config()"
             )
         return
+    if getattr(request, "resumable", False):
+        raise ValueError("prompts that arrive in parts (streaming input) can't be scored; send the prompt as a whole")
     defaults = RequestOptions.from_mapping(vllm_config.kv_transfer_config.kv_connector_extra_config)
     if RequestOptions.from_mapping(extra, defaults).biased:
         prompt_roles(request.prompt_token_ids, request.mm_features, chat_tokens(vllm_config.model_config))
