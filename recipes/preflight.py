@@ -81,12 +81,13 @@ def check_port() -> None:
 
 def check_data(recipe: DictConfig) -> None:
     """The user's own parquet files: columns, images and roles."""
-    from verl_avar.training.checks import check_files
+    from verl_avar.training.checks import check_files, check_roles
     from verl_avar.training.compose import ConfigError
 
     for key, column in (("sft", "messages"), ("rl", "prompt"), ("eval", "prompt")):
         if recipe.data[key] is not None:
             try:
                 check_files(recipe.data[key], columns=[column, "images"])
+                check_roles(recipe.data[key], column)
             except ConfigError as error:
                 raise SettingsError(f"data.{key}: {error}") from None

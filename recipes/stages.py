@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import track
 from trainer_process import METRICS, run_trainer
+from transformers.utils.logging import disable_progress_bar
 
 from verl_avar.training.metrics import read_steps
 
@@ -122,6 +123,7 @@ def evaluate(recipe: DictConfig, out: Path, console: Console) -> None:
     """Greedy accuracy, shuffled control, VAS and masses of the base and of every trained stage."""
     from verl_avar.evaluation.evaluate import evaluate as evaluate_checkpoint
 
+    disable_progress_bar()  # of loading weights: four models are loaded
     rows = pd.read_parquet(data_file(recipe, out, "eval"))
     compute_score = reward_function(ROOT / recipe.reward_fn)
 
@@ -156,6 +158,7 @@ def report(recipe: DictConfig, out: Path, console: Console) -> None:
     from verl_avar.evaluation.heatmap import heatmap_sample
     from verl_avar.report import print_table, render
 
+    disable_progress_bar()
     results = collect(recipe, out)
     evaluated = [stage["name"] for stage in results["stages"]]
     rows = pd.read_parquet(data_file(recipe, out, "eval"))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import pandas as pd
 import preflight
 import psutil
 import pytest
@@ -70,6 +71,21 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, arguments, message):
     assert message in result.stderr and "Traceback" not in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"images": []}, "have no image"),
+        ({"messages": [{"role": "robot", "content": "<image>Hello"}]}, "robot"),
+    ],
+)
+def test_bad_rows_of_the_users_own_data_are_one_line(tmp_path, change, message):
+    row = {"messages": [{"role": "user", "content": "<image>Hello"}], "images": [{"bytes": b"x"}]}
+    pd.DataFrame([row, row | change]).to_parquet(tmp_path / "mine.parquet")
+    result = run_recipe("--out", tmp_path / "run", f"data.sft={tmp_path / 'mine.parquet'}")
+    assert result.returncode == run.EXIT_BAD_INPUT and message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1 and not (tmp_path / "run").exists()
 
 
 def test_a_port_in_use_is_one_line(tmp_path):
