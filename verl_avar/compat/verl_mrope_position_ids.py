@@ -30,7 +30,7 @@ def fix_3d_position_ids(data) -> None:
     """Make `data["position_ids"]`, if it is nested with 3 dimensions, ragged in the last one, in place."""
     import torch
 
-    positions = data["position_ids"] if "position_ids" in data.keys() else None
+    positions = data.get("position_ids", None)
     if positions is None or not positions.is_nested or positions.dim() != 3:
         return
     offsets = data["input_ids"].offsets()

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from verl_avar.training.compose import ConfigError
 
+KNOWN_ROLES = frozenset({"system", "user", "assistant", "tool"})
+
 
 def check_model(path: str) -> None:
     """Raises ConfigError where `path` looks like a folder but holds no model."""
@@ -15,6 +17,19 @@ def check_model(path: str) -> None:
         return  # a hub name
     if not (folder / "config.json").is_file():
         raise ConfigError(f"model.path: no model in {folder} (config.json is missing)")
+
+
+def check_roles(files: str | Sequence[str], column: str) -> None:
+    """Raises ConfigError for a message whose role no chat template knows. column: lists of {role, content}."""
+    import pyarrow.parquet as pq
+
+    for path in [files] if isinstance(files, str) else files:
+        rows = pq.read_table(Path(str(path)).expanduser(), columns=[column]).column(column)
+        roles = set(rows.combine_chunks().flatten().field("role").unique().to_pylist())
+        if unknown := sorted(map(str, roles - KNOWN_ROLES)):
+            raise ConfigError(
+                f"{path}: {column} has the role {', '.join(unknown)}; the roles are {', '.join(sorted(KNOWN_ROLES))}"
+            )
 
 
 def check_files(files: str | Sequence[str] | None, columns: Sequence[str], rows_with_images: bool = True) -> None:

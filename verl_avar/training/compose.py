@@ -49,7 +49,9 @@ def compose(name: str, overrides: list[str]) -> DictConfig:
 def arguments(prog: str, default: str, argv: list[str] | None) -> tuple[str, list[str]]:
     """`--config-name NAME key=value …`: the config's name and the overrides."""
     parser = argparse.ArgumentParser(prog=prog, description="verl's hydra overrides, key=value")
-    parser.add_argument("--config-name", default=default, help="a config of verl_avar/training/config, or a yaml's path")
+    parser.add_argument(
+        "--config-name", default=default, help="a config of verl_avar/training/config, or a yaml's path"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     chosen = parser.parse_args(argv)
     return chosen.config_name, chosen.overrides

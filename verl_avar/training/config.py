@@ -18,6 +18,8 @@ from verl.workers.config import FSDPEngineConfig
 
 from verl_avar.roles import SCOPES
 
+PASSES = ("always", "infer", "train", "objective")
+
 
 @dataclass(frozen=True)
 class AvarConfig:
@@ -33,12 +35,13 @@ class AvarConfig:
 
     def __post_init__(self):
         for name in ("alpha", "beta"):
-            _require(getattr(self, name) >= 0 and math.isfinite(getattr(self, name)), name, self, "a number >= 0")
-        _require(self.eps > 0, "eps", self, "a number > 0")
+            _require(_is_number(getattr(self, name)) and getattr(self, name) >= 0, name, self, "a number >= 0")
+        _require(_is_number(self.eps) and self.eps > 0, "eps", self, "a number > 0")
         _require(self.queries in SCOPES, "queries", self, f"one of {', '.join(SCOPES)}")
-        _require(self.masses in ("always", "infer", "train", "objective"), "masses", self, "always, infer, train or objective")
+        _require(self.masses in PASSES, "masses", self, f"one of {', '.join(PASSES)}")
         floor = self.system_floor
-        _require(floor is None or 0 < floor < 1, "system_floor", self, "null or a mass between 0 and 1")
+        ok = floor is None or (_is_number(floor) and 0 < floor < 1)
+        _require(ok, "system_floor", self, "null or a mass between 0 and 1")
         if self.layers != "all":
             layers = None if isinstance(self.layers, str) else list(self.layers)
             ok = layers and all(isinstance(layer, int) and layer >= 0 for layer in layers)
@@ -71,6 +74,10 @@ class AvarConfig:
     def layer_list(self) -> list[int] | None:
         """Layers for `probe`: None is all."""
         return None if self.layers == "all" else list(self.layers)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _require(ok: bool, name: str, config: AvarConfig, wanted: str) -> None:

@@ -81,7 +81,7 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
         """As verl's, inside a probe, with AGTO added to the loss of a training pass."""
         self._open_probes.close()
         self._record = None
-        if "roles" not in micro_batch.keys():
+        if micro_batch.get("roles", None) is None:
             return super().forward_step(micro_batch, loss_function, forward_only)
         roles = pad_rows(micro_batch["roles"])
         if tu.get_non_tensor_data(micro_batch, "use_remove_padding", default=True):
@@ -172,7 +172,10 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
         sums = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=get_device_id()) for x in flat])
         torch.distributed.all_reduce(sums, group=self.get_data_parallel_group())
         enhance, suppress, *rest = sums.tolist()
-        metrics = {"agto/enhance": enhance / max(1, self._totals[0]), "agto/suppress": suppress / max(1, self._totals[1])}
+        metrics = {
+            "agto/enhance": enhance / max(1, self._totals[0]),
+            "agto/suppress": suppress / max(1, self._totals[1]),
+        }
         metrics["agto/loss"] = self.avar.alpha * metrics["agto/enhance"] + self.avar.beta * metrics["agto/suppress"]
         means = [total / max(1.0, count) for total, count in zip(rest[::2], rest[1::2], strict=True)]
         labels = ("attention/vas_response", "attention/visual_mass", "attention/system_mass")

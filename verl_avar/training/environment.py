@@ -41,7 +41,9 @@ def single_process_group(port: int | None = None) -> None:
     """
     if "RANK" in os.environ:
         return
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port(port)))
+    os.environ.update(
+        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port(port))
+    )
 
 
 def free_port(port: int | None = None) -> int:

@@ -20,6 +20,12 @@ def log_to(file: Path | str) -> None:
     os.environ["VERL_FILE_LOGGER_PATH"] = str(file)
 
 
+def log_to_unless_told(file: Path | str) -> None:
+    """`log_to`, unless whoever started this process has set the logger's VERL_FILE_LOGGER_PATH."""
+    if "VERL_FILE_LOGGER_PATH" not in os.environ:
+        log_to(file)
+
+
 def read_steps(file: Path | str) -> list[dict[str, float]]:
     """All steps of a run, ascending, each with its `step`: of `file` and of the attempts before it."""
     file = Path(file)

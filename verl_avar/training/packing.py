@@ -7,8 +7,9 @@ from torch import nn
 
 
 def pad_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Nested [B, T_b] to padded [B, T], zeros on the right."""
-    return torch.nested.to_padded_tensor(rows, padding=0)
+    """Nested [B, T_b] to padded [B, T], T = max T_b, zeros on the right."""
+    lengths = rows.offsets().diff()  # torch alone may pad to the sum of the lengths
+    return torch.nested.to_padded_tensor(rows, padding=0, output_size=(len(lengths), int(lengths.max())))
 
 
 def full_length_mask(mask: torch.Tensor, lengths: list[int]) -> torch.Tensor:

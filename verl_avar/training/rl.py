@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from verl_avar.training.compose import ConfigError, arguments, compose
 from verl_avar.training.environment import prepare
-from verl_avar.training.metrics import log_to
+from verl_avar.training.metrics import log_to_unless_told
 from verl_avar.training.watchdog import StalledError, watch
 
 
@@ -24,7 +24,7 @@ def run(config: DictConfig) -> None:
     Raises ConfigError for a mistake in the settings or the data, StalledError for a run that hangs.
     """
     check(config)
-    log_to(config.avar.metrics_file)
+    log_to_unless_told(config.avar.metrics_file)
 
     import ray
     from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
@@ -38,13 +38,14 @@ def run(config: DictConfig) -> None:
 
 def check(config: DictConfig) -> None:
     """Finds what is wrong with the settings and the data before Ray starts; makes the reward's path absolute."""
-    from verl_avar.training.checks import check_files, check_model
+    from verl_avar.training.checks import check_files, check_model, check_roles
     from verl_avar.training.config import AvarConfig
 
     AvarConfig.of(config.actor_rollout_ref.actor.fsdp_config.get("avar"))
     check_model(config.actor_rollout_ref.model.path)
     columns = [config.data.prompt_key, "data_source", "reward_model", config.data.image_key]
     check_files(config.data.train_files, columns)
+    check_roles(config.data.train_files, config.data.prompt_key)
     if config.trainer.test_freq > 0 or config.trainer.val_before_train:
         check_files(config.data.val_files, columns)
     config.reward.custom_reward_function.path = str(find_reward(config.reward.custom_reward_function.path))

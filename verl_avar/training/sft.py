@@ -9,23 +9,25 @@ for transformers and vLLM (`checkpoint.latest_model`).
 from __future__ import annotations
 
 import sys
-from functools import partial
 
 from omegaconf import DictConfig
 
 from verl_avar.training.compose import ConfigError, arguments, compose
 from verl_avar.training.environment import prepare, single_process_group
+from verl_avar.training.metrics import log_to_unless_told
 
 
-def run(config: DictConfig, ray: bool = False) -> None:
-    """Trains. ray: through Ray workers (`trainer.nnodes` x `trainer.n_gpus_per_node`) instead of this process."""
-    from verl_avar.training.checks import check_files, check_model
+def run(config: DictConfig) -> None:
+    """Trains. Raises ConfigError for a mistake in the settings or the data."""
+    from verl_avar.training.checks import check_files, check_model, check_roles
     from verl_avar.training.config import AvarConfig
 
     AvarConfig.of(config.engine.get("avar"))
     check_model(config.model.path)
     check_files(config.data.train_files, columns=[config.data.messages_key, "images"])
-    (run_ray if ray else run_here)(config)
+    check_roles(config.data.train_files, config.data.messages_key)
+    log_to_unless_told(config.avar.metrics_file)
+    (run_on_ray if config.avar.ray else run_here)(config)
 
 
 def run_here(config: DictConfig) -> None:
@@ -42,7 +44,7 @@ def run_here(config: DictConfig) -> None:
         destroy_global_process_group()
 
 
-def run_ray(config: DictConfig) -> None:
+def run_on_ray(config: DictConfig) -> None:
     """On the Ray cluster of RAY_ADDRESS, or a local one that ends with the run."""
     import ray
 
@@ -55,19 +57,17 @@ def run_ray(config: DictConfig) -> None:
         ray.shutdown()
 
 
-def main(argv: list[str] | None = None, ray: bool = False) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Command line. 2 for a mistake in the settings, told in one line."""
     try:
         config = compose(*arguments("verl_avar.training.sft", "sft", argv))
         prepare(cpu=config.trainer.device == "cpu")
-        run(config, ray=ray)
+        run(config)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
-
-main_ray = partial(main, ray=True)
 
 if __name__ == "__main__":
     sys.exit(main())

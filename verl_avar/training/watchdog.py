@@ -34,11 +34,11 @@ def watch(folder: Path | str, stall_s: float, every_s: float = 5.0) -> Iterator[
     def stop(signum, frame):
         raise SystemExit(128 + signum)
 
-    before = signal.signal(signal.SIGALRM, check), signal.signal(signal.SIGTERM, stop)
-    signal.setitimer(signal.ITIMER_REAL, every_s, every_s)
+    handlers = {number: signal.signal(number, act) for number, act in ((signal.SIGALRM, check), (signal.SIGTERM, stop))}
+    timer = signal.setitimer(signal.ITIMER_REAL, every_s, every_s)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before[0])
-        signal.signal(signal.SIGTERM, before[1])
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -1,0 +1,96 @@
+"""The settings of the AVAR engine and of the shipped configs."""
+
+import pytest
+from omegaconf import OmegaConf
+from verl.utils.config import omega_conf_to_dataclass
+from verl.workers.config import FSDPEngineConfig
+
+from verl_avar.rollout import kv_transfer_config
+from verl_avar.training.compose import CONFIGS, ConfigError, compose
+from verl_avar.training.config import AvarConfig, AvarFSDPEngineConfig
+
+
+def test_defaults_add_no_objective():
+    config = AvarConfig()
+    assert not config.active and config.layer_list is None
+
+
+def test_unknown_key_names_the_valid_ones():
+    with pytest.raises(ValueError, match="unknown key alhpa; the keys are alpha, beta, eps"):
+        AvarConfig.of({"alhpa": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("alpha", -0.1),
+        ("beta", float("nan")),
+        ("alpha", "much"),
+        ("eps", 0.0),
+        ("queries", "image"),
+        ("layers", "first"),
+        ("layers", []),
+        ("layers", [-1]),
+        ("system_floor", 1.5),
+        ("masses", "never"),
+    ],
+)
+def test_bad_value_names_key_and_value(key, value):
+    with pytest.raises(ValueError, match=f"avar.{key}: got .*wanted"):
+        AvarConfig.of({key: value})
+
+
+def test_layers_are_sorted_and_unique():
+    assert AvarConfig.of({"layers": [2, 0, 2]}).layer_list == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("masses", "alpha", "training", "measures"),
+    [
+        ("objective", 0.0, True, False),
+        ("objective", 0.1, True, True),
+        ("objective", 0.1, False, False),
+        ("infer", 0.0, False, True),
+        ("infer", 0.0, True, False),
+        ("train", 0.0, True, True),
+        ("always", 0.0, False, True),
+    ],
+)
+def test_which_passes_measure(masses, alpha, training, measures):
+    assert AvarConfig(alpha=alpha, masses=masses).measures(training) is measures
+
+
+def test_verl_builds_the_engine_config_from_yaml():
+    block = OmegaConf.create(
+        {"_target_": "verl_avar.training.config.AvarFSDPEngineConfig", "strategy": "fsdp2", "avar": {"alpha": 0.2}}
+    )
+    config = omega_conf_to_dataclass(block)
+    assert isinstance(config, FSDPEngineConfig)
+    assert config.avar == AvarConfig(alpha=0.2)
+    assert isinstance(AvarFSDPEngineConfig().avar, AvarConfig)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_every_shipped_config_composes_and_is_valid(name):
+    config = compose(name, [])
+    engine = config.engine if name.startswith("sft") else config.actor_rollout_ref.actor.fsdp_config
+    assert engine._target_.endswith("AvarFSDPEngineConfig")
+    AvarConfig.of(engine.avar)
+
+
+def test_rl_config_starts_the_rollouts_with_our_connector():
+    engine = compose("rl", []).actor_rollout_ref.rollout.engine_kwargs.vllm
+    assert OmegaConf.to_container(engine.kv_transfer_config) == kv_transfer_config()
+
+
+@pytest.mark.parametrize("override", ["trainer.total_trainig_steps=3", "engine.avar.alhpa=0.1", "no_such_group=x"])
+def test_unknown_override_is_one_line_that_names_it(override):
+    with pytest.raises(ConfigError) as error:
+        compose("sft_cpu", [override])
+    assert override.split("=")[0].split(".")[-1] in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_config_lists_the_known():
+    with pytest.raises(ConfigError, match="rl, rl_cpu, sft, sft_cpu"):
+        compose("sft_tpu", [])
