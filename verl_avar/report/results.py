@@ -16,7 +16,9 @@ Figures that were not measured are left out, or None:
     config  {name: value} of the run (optional)
 """
 
+import json
 import math
+from pathlib import Path
 
 TITLES = {
     "base": "base",
@@ -24,6 +26,22 @@ TITLES = {
     "coldstart_agto": "cold start + AGTO",
     "avar": "AVAR (GRPO, VARS)",
 }
+
+
+def read(path: Path | str) -> dict:
+    """results.json of a run, given the file or the run's folder.
+
+    Raises FileNotFoundError or ValueError, naming the file, where there is none or it is no JSON.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "report" / "results.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; the last stage of a run writes it (--stages report)")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
 
 
 def title(stage: dict | str) -> str:

@@ -1,0 +1,56 @@
+"""`avar …`: the command line. Each command imports what it needs when it runs, so that `avar --help` is instant."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import verl_avar
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status. Bad arguments exit with 2, as argparse does."""
+    parser = argparse.ArgumentParser(prog="avar", description=verl_avar.__doc__)
+    parser.add_argument("--version", action="version", version=f"avar {verl_avar.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    add_doctor(commands)
+    add_report(commands)
+    arguments = parser.parse_args(argv)
+    return arguments.run(arguments)
+
+
+def add_doctor(commands: argparse._SubParsersAction) -> None:
+    """avar doctor"""
+    text = "check the environment: versions, resources, and the plugin in the driver, in Ray and in vLLM"
+    parser = commands.add_parser("doctor", help=text, description=text)
+    parser.add_argument("--no-engines", action="store_true", help="don't start Ray and vLLM (seconds, not a minute)")
+
+    def run(arguments: argparse.Namespace) -> int:
+        from verl_avar import doctor
+
+        return doctor.run(engines=not arguments.no_engines)
+
+    parser.set_defaults(run=run)
+
+
+def add_report(commands: argparse._SubParsersAction) -> None:
+    """avar report"""
+    text = "print the table and the findings of a finished run"
+    parser = commands.add_parser("report", help=text, description=text)
+    parser.add_argument("results", help="results.json of the run, or the run's folder")
+
+    def run(arguments: argparse.Namespace) -> int:
+        from verl_avar.report import print_table
+        from verl_avar.report.results import read
+
+        try:
+            print_table(read(arguments.results))
+        except (OSError, ValueError) as error:
+            print(f"avar report: {error}", file=sys.stderr)
+            return 1
+        return 0
+
+    parser.set_defaults(run=run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

