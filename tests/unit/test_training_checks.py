@@ -75,6 +75,11 @@ def test_command_ends_with_one_line(command, config, capsys, tmp_path, monkeypat
     assert error.startswith("error: model.path: no model in") and "\n" not in error
 
 
+def test_bad_objective_ends_with_one_line(capsys):
+    assert sft.main(["--config-name", "sft_cpu", "engine.avar.alpha=-1"]) == 2
+    assert capsys.readouterr().err == "error: avar.alpha: got -1, wanted a number >= 0\n"
+
+
 def test_reward_file_is_found_in_the_repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert rl.find_reward("reward_fns/avar.py").is_file()

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from verl_avar.training.compose import ConfigError
 
 KNOWN_ROLES = frozenset({"system", "user", "assistant", "tool"})
+
+
+def check_objective(block: Any) -> None:
+    """Raises ConfigError for an `avar` block of an engine config that the engine would refuse."""
+    from verl_avar.training.config import AvarConfig
+
+    try:
+        AvarConfig.of(block)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def check_model(path: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from verl_avar.training.compose import ConfigError, arguments, compose
 from verl_avar.training.environment import prepare, single_process_group
@@ -19,10 +19,9 @@ from verl_avar.training.metrics import log_to_unless_told
 
 def run(config: DictConfig) -> None:
     """Trains. Raises ConfigError for a mistake in the settings or the data."""
-    from verl_avar.training.checks import check_files, check_model, check_roles
-    from verl_avar.training.config import AvarConfig
+    from verl_avar.training.checks import check_files, check_model, check_objective, check_roles
 
-    AvarConfig.of(config.engine.get("avar"))
+    check_objective(config.engine.get("avar"))
     check_model(config.model.path)
     check_files(config.data.train_files, columns=[config.data.messages_key, "images"])
     check_roles(config.data.train_files, config.data.messages_key)
@@ -50,7 +49,7 @@ def run_on_ray(config: DictConfig) -> None:
 
     from verl_avar.training.sft_trainer import AvarRaySFTTrainer
 
-    ray.init(num_gpus=config.trainer.n_gpus_per_node if config.trainer.device == "cpu" else None)
+    ray.init(**OmegaConf.to_container(config.ray_kwargs.ray_init, resolve=True))
     try:
         AvarRaySFTTrainer(config=config).fit()
     finally:

@@ -6,6 +6,8 @@ of lists over micro-batches (verl/trainer/sft_trainer.py:348), which they can't 
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 from verl.trainer.sft_trainer import SFTTrainer
 from verl.trainer.sft_trainer_ray import SFTTrainer as RaySFTTrainer
 from verl.utils import tensordict_utils as tu
@@ -16,7 +18,8 @@ class AvarSFTTrainer(SFTTrainer):
 
     def _build_engine(self):
         super()._build_engine()
-        self.training_client.train_batch = _with_numbers(self.training_client.train_batch)
+        train_batch = self.training_client.train_batch
+        self.training_client.train_batch = lambda data: with_numbers(train_batch(data))
 
 
 class AvarRaySFTTrainer(RaySFTTrainer):
@@ -24,22 +27,21 @@ class AvarRaySFTTrainer(RaySFTTrainer):
 
     def _build_engine(self):
         super()._build_engine()
-        self.training_client.train_batch = _with_numbers(self.training_client.train_batch)
+        train_batch = self.training_client.train_batch
+
+        def train(data):
+            future = train_batch(data)
+            return SimpleNamespace(get=lambda: with_numbers(future.get()))
+
+        self.training_client.train_batch = train
 
 
-def _with_numbers(train_batch):
-    """`train_batch` whose metrics are numbers: ours are equal on all ranks, and there is one per mini-batch."""
-
-    def train(data):
-        output = train_batch(data)
-        if hasattr(output, "get") and not hasattr(output, "keys"):  # Ray's future
-            output = output.get()
-        if output is not None:
-            metrics = tu.get(output, "metrics")
-            metrics.update({name: _first(value) for name, value in metrics.items() if isinstance(value, list)})
-        return output
-
-    return train
+def with_numbers(output):
+    """A step's output whose metrics are numbers: ours are equal on all ranks, and there is one per mini-batch."""
+    if output is not None:
+        metrics = tu.get(output, "metrics")
+        metrics.update({name: _first(value) for name, value in metrics.items() if isinstance(value, list)})
+    return output
 
 
 def _first(value):
