@@ -149,36 +149,41 @@ def assert_same(first, second, tolerance=1e-6):
         torch.testing.assert_close(other, gradient, atol=tolerance, rtol=1e-4)
 
 
-def test_masses_are_those_of_the_full_attention_maps(build_engine, model_folder, rows):
+def full_maps(engine, model_folder, rows):
+    """Visual and system masses [L, B, H, T] by full attention maps of the same weights in transformers, and roles."""
     from transformers import Qwen2_5_VLForConditionalGeneration
     from verl.utils.model import extract_multi_modal_inputs
 
-    from verl_avar.roles import Role, query_mask, token_roles
-    from verl_avar.training.packing import full_length_mask, pad_rows
+    from verl_avar.roles import Role, token_roles
+    from verl_avar.training.packing import full_length_mask, pad_rows, within
 
-    engine = build_engine()
-    output = infer(engine, rows, micro_batch_size=2)
     data = batch(engine, rows)
-    ids, lengths = data["input_ids"], data["input_ids"].offsets().diff()
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    written = pad_rows(full_length_mask(data["loss_mask"], lengths.tolist()))
-    roles = token_roles(pad_rows(ids), engine.chat, mask, written)
+    ids, mask = pad_rows(data["input_ids"]), within(data["input_ids"])
+    written = pad_rows(full_length_mask(data["loss_mask"], mask.sum(-1).tolist()))
+    roles = token_roles(ids, engine.chat, mask, written)
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(model_folder, attn_implementation="eager").eval()
-    positions = torch.nested.to_padded_tensor(
-        data["position_ids"], padding=0, output_size=(len(lengths), 4, mask.shape[1])
-    )
+    positions = torch.nested.to_padded_tensor(data["position_ids"], padding=0, output_size=(len(ids), 4, ids.shape[1]))
     with torch.no_grad():
         maps = model.model(
-            input_ids=pad_rows(ids),
+            input_ids=ids,
             attention_mask=mask.long(),
             position_ids=positions.transpose(0, 1),
             **extract_multi_modal_inputs(data["multi_modal_inputs"]),
             output_attentions=True,
         ).attentions
     maps = torch.stack(maps).float()  # [L, B, H, T, T]
-    visual, system = (
-        (maps * (roles == role)[None, :, None, None, :]).sum(-1).mean(2) for role in (Role.VISUAL, Role.SYSTEM)
-    )  # [L, B, T], mean over heads
+    visual, system = ((maps * (roles == r)[None, :, None, None, :]).sum(-1) for r in (Role.VISUAL, Role.SYSTEM))
+    return visual, system, roles
+
+
+def test_masses_are_those_of_the_full_attention_maps(build_engine, model_folder, rows):
+    from verl_avar.roles import query_mask
+    from verl_avar.training.packing import pad_rows
+
+    engine = build_engine()
+    output = infer(engine, rows, micro_batch_size=2)
+    visual, system, roles = full_maps(engine, model_folder, rows)
+    visual, system = visual.mean(2), system.mean(2)  # over heads: [L, B, T]
     expected = {
         "visual_mass": visual.mean(0),
         "system_mass": system.mean(0),
@@ -186,7 +191,7 @@ def test_masses_are_those_of_the_full_attention_maps(build_engine, model_folder,
         "visual_share": (visual / (visual + system + 1e-6)).mean(0),
     }
     queries = query_mask(roles, "response")
-    assert queries.sum() == data["loss_mask"].values().sum().item()
+    assert queries.sum() == batch(engine, rows)["loss_mask"].values().sum()
     for name, values in expected.items():
         got = pad_rows(output[name])
         torch.testing.assert_close(got[queries], values[queries], atol=1e-5, rtol=1e-4, msg=name)
@@ -216,19 +221,18 @@ def test_gradient_checkpointing_changes_nothing(build_engine, rows):
     assert_same(train_step(plain, rows, 3), train_step(saving, rows, 3))
 
 
-def test_objective_is_added_to_the_loss_of_verl(build_engine, rows):
+def test_objective_is_added_to_the_loss_of_verl(build_engine, model_folder, rows):
     from verl_avar.objective import agto_terms
-    from verl_avar.training.packing import pad_rows
 
     plain, _, _ = train_step(build_engine(alpha=0.0, beta=0.0), rows)
     engine = build_engine(alpha=0.3, beta=0.2)
-    loss, metrics, _ = train_step(engine, rows)
-    assert metrics["agto/enhance"] > 0 > metrics["agto/suppress"]  # -log and +log of masses below one
+    loss, metrics, _ = train_step(engine, rows, 2)
+    terms = agto_terms(*full_maps(engine, model_folder, rows))
+    assert (terms.enhance_count, terms.suppress_count) == (5, 6)  # one sample has no image
+    assert metrics["agto/enhance"] == pytest.approx(terms.enhance_sum.item() / 5, rel=1e-4)
+    assert metrics["agto/suppress"] == pytest.approx(terms.suppress_sum.item() / 6, rel=1e-4)
     assert metrics["agto/loss"] == pytest.approx(0.3 * metrics["agto/enhance"] + 0.2 * metrics["agto/suppress"])
     assert loss == pytest.approx(plain + metrics["agto/loss"], abs=1e-5)
-    terms = agto_terms(*engine._masses, pad_rows(engine._roles(batch(engine, rows))))
-    assert (terms.enhance_count, terms.suppress_count) == (5, 6)  # one sample has no image
-    assert metrics["agto/enhance"] == pytest.approx(terms.enhance_sum.item() / 5, rel=1e-5)
 
 
 def test_metrics_are_the_means_of_what_inference_returns(build_engine, rows):

@@ -27,8 +27,9 @@ def inputs(tmp_path_factory):
     return folder
 
 
-def train(inputs, steps, out, *more, module="sft"):
-    command = [sys.executable, "-m", f"verl_avar.training.{module}", "--config-name", "sft_cpu"]
+def train(inputs, steps, out, *more, ranks=1):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *torchrun, "-m", "verl_avar.training.sft", "--config-name", "sft_cpu"]
     settings = {
         "model.path": inputs / "model",
         "data.train_files": inputs / "sft.parquet",
@@ -84,6 +85,16 @@ def test_second_start_resumes_where_the_first_stopped(inputs, trained):
     assert latest_step(trained) == 4
     assert [step["step"] for step in read_steps(trained / "metrics.jsonl")] == [1, 2, 3, 4]
     assert (trained / "metrics.0.jsonl").exists()
+
+
+def test_two_ranks_take_the_steps_of_one(inputs, trained, tmp_path):
+    done = train(inputs, 3, tmp_path, ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = read_steps(trained / "metrics.jsonl"), read_steps(tmp_path / "metrics.jsonl")
+    for single, double in zip(one[:3], two, strict=True):
+        for name in single:
+            if name.startswith(("agto/", "attention/", "train/grad_norm", "train/loss")):
+                assert double[name] == pytest.approx(single[name], rel=1e-3, abs=1e-5), name
 
 
 def test_wrong_role_and_unknown_key_end_with_one_line(inputs, tmp_path):

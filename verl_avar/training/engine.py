@@ -9,6 +9,7 @@ the number of ranks changes it.
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +24,19 @@ from verl_avar.objective import agto_counts, agto_terms
 from verl_avar.reward import token_scores
 from verl_avar.roles import ChatTokens, Role, query_mask, token_roles
 from verl_avar.training.config import AvarConfig
-from verl_avar.training.packing import full_length_mask, pack, pad_rows, unpack
+from verl_avar.training.packing import full_length_mask, pack, pad_rows, unpack, within
+
+
+@dataclass
+class MicroBatch:
+    """What a measuring pass knows of the micro-batch in the model."""
+
+    roles: torch.Tensor  # uint8 [B, T]
+    lengths: list[int] | None  # of the samples, where the model sees them packed into one row
+    record: Record
+    visual: torch.Tensor | None = None  # masses [L, B, H, T], once the model has run
+    system: torch.Tensor | None = None
+
 
 OUTPUTS = ("visual_ratio", "visual_share", "visual_mass", "system_mass")  # per-token entries of `model_output`
 
@@ -48,6 +61,8 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
         super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
         self.chat = ChatTokens.from_tokenizer(model_config.tokenizer, model_config.hf_config)
         self._open_probes = ExitStack()
+        self._micro_batch: MicroBatch | None = None  # None in a pass that doesn't measure
+        self._sums: dict[str, torch.Tensor] = {}  # of the mini-batch so far, on this rank
 
     def _build_module(self) -> torch.nn.Module:
         # verl's packed attention for Qwen2-VL calls flash-attn by itself, past transformers' attention registry,
@@ -63,16 +78,15 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
 
     def forward_backward_batch(self, data: TensorDict, loss_function, forward_only: bool = False) -> Any:
         """As verl's, with the roles of the batch found first and the objective's metrics added to the output."""
-        self._totals, self._sums = None, {}
         if not self.avar.measures(training=not forward_only):
             return super().forward_backward_batch(data, loss_function, forward_only)
         data["roles"] = self._roles(data)
-        if not forward_only:
-            self._totals = self._count_samples(data["roles"])
+        self._totals, self._sums = (None if forward_only else self._count_samples(data["roles"])), {}
         # Gradient checkpointing runs the attention functions again in the backward pass, which verl calls after
         # `forward_step`: a probe stays open until the next micro-batch.
         with self._open_probes:
             output = super().forward_backward_batch(data, loss_function, forward_only)
+        self._micro_batch = None
         if not forward_only:
             output["metrics"].update(self._metrics())
         return output
@@ -80,78 +94,72 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
     def forward_step(self, micro_batch: TensorDict, loss_function, forward_only: bool):
         """As verl's, inside a probe, with AGTO added to the loss of a training pass."""
         self._open_probes.close()
-        self._record = None
         if micro_batch.get("roles", None) is None:
             return super().forward_step(micro_batch, loss_function, forward_only)
-        roles = pad_rows(micro_batch["roles"])
-        if tu.get_non_tensor_data(micro_batch, "use_remove_padding", default=True):
-            lengths = micro_batch["input_ids"].offsets().diff().tolist()
-            extra = self._get_packed_pad_size(sum(lengths))
-            seen, queries = pack(roles, lengths, extra), pack(self._queries(roles, forward_only), lengths, extra)
-        else:
-            lengths, seen, queries = None, roles, self._queries(roles, forward_only)
-        self._record = self._open_probes.enter_context(probe(seen, queries, self.avar.layer_list))
-        self._micro_batch = (roles, lengths)
+        self._micro_batch = self._open_probe(micro_batch, forward_only)
         loss, output = super().forward_step(micro_batch, loss_function, forward_only)
         if forward_only:
             return loss, output
-        agto = self._objective()
+        agto = self._objective(self._micro_batch)
         output["loss"] += agto.item()
         return loss + agto, output
 
     def prepare_model_outputs(self, output, output_args, micro_batch: TensorDict, logits_processor_func):
         """verl's outputs and the per-token scores."""
         model_output = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
-        if self._record is not None:
-            roles, lengths = self._micro_batch
-            self._masses = [self._mass(self._record, role, lengths) for role in (Role.VISUAL, Role.SYSTEM)]
-            answers = query_mask(roles, "response")
-            with torch.no_grad():
-                scores = token_scores(*self._masses, eps=self.avar.eps) * answers  # [4, B, T]
-            offsets = micro_batch["input_ids"].offsets()
-            valid = torch.arange(roles.shape[1], device=roles.device) < offsets.diff()[:, None]
-            for name, score in zip(OUTPUTS, scores, strict=True):
-                model_output[name] = torch.nested.nested_tensor_from_jagged(score[valid], offsets)
-            self._add("visual_ratio", scores[0], answers & self._has_system(roles))
-            for name, score in zip(OUTPUTS[2:], scores[2:], strict=True):
-                self._add(name, score, answers)
+        if (measured := self._micro_batch) is None:
+            return model_output
+        roles, lengths = measured.roles, measured.lengths
+        measured.visual, measured.system = (
+            measured.record.mass(role) if lengths is None else unpack(measured.record.mass(role), lengths)
+            for role in (Role.VISUAL, Role.SYSTEM)
+        )
+        answers = query_mask(roles, "response")
+        with torch.no_grad():
+            scores = token_scores(measured.visual, measured.system, eps=self.avar.eps) * answers  # [4, B, T]
+        ids = micro_batch["input_ids"]
+        for name, score in zip(OUTPUTS, scores, strict=True):
+            model_output[name] = torch.nested.nested_tensor_from_jagged(score[within(ids)], ids.offsets())
+        has_system = (roles == Role.SYSTEM).any(dim=-1, keepdim=True)  # without one the ratio measures eps
+        self._add("vas_response", scores[0], answers & has_system)
+        self._add("visual_mass", scores[2], answers)
+        self._add("system_mass", scores[3], answers)
         return model_output
 
     def _roles(self, data: TensorDict) -> torch.Tensor:
         """Roles of a batch, nested uint8 like its `input_ids`."""
         ids = data["input_ids"]
-        lengths = ids.offsets().diff().tolist()
-        written = pad_rows(full_length_mask(data["loss_mask"], lengths))
-        mask = torch.arange(max(lengths), device=ids.device) < ids.offsets().diff()[:, None]
-        roles = token_roles(pad_rows(ids), self.chat, attention_mask=mask, response_mask=written)
-        return torch.nested.nested_tensor_from_jagged(roles[mask], ids.offsets())
+        written = full_length_mask(data["loss_mask"], ids.offsets().diff().tolist())
+        roles = token_roles(pad_rows(ids), self.chat, attention_mask=within(ids), response_mask=pad_rows(written))
+        return torch.nested.nested_tensor_from_jagged(roles[within(ids)], ids.offsets())
 
-    def _queries(self, roles: torch.Tensor, forward_only: bool) -> torch.Tensor:
-        """Queries whose masses a pass needs: the answers', and those of the objective. bool [B, T]."""
-        wanted = query_mask(roles, "response")
+    def _open_probe(self, micro_batch: TensorDict, forward_only: bool) -> MicroBatch:
+        """Opens a probe for the queries this pass needs: the answers', and those of the objective."""
+        roles = pad_rows(micro_batch["roles"])
+        queries = query_mask(roles, "response")
         if self.avar.active and not forward_only:
-            wanted = wanted | query_mask(roles, self.avar.queries)
-        return wanted
+            queries = queries | query_mask(roles, self.avar.queries)
+        seen, lengths = roles, None
+        if tu.get_non_tensor_data(micro_batch, "use_remove_padding", default=True):
+            lengths = micro_batch["input_ids"].offsets().diff().tolist()
+            extra = self._get_packed_pad_size(sum(lengths))
+            seen, queries = pack(roles, lengths, extra), pack(queries, lengths, extra)
+        record = self._open_probes.enter_context(probe(seen, queries, self.avar.layer_list))
+        return MicroBatch(roles, lengths, record)
 
-    @staticmethod
-    def _has_system(roles: torch.Tensor) -> torch.Tensor:
-        return (roles == Role.SYSTEM).any(dim=-1, keepdim=True)
-
-    @staticmethod
-    def _mass(record: Record, role: Role, lengths: list[int] | None) -> torch.Tensor:
-        """Masses [L, B, H, T] of a micro-batch, whether the model saw it padded or packed."""
-        mass = record.mass(role)
-        return mass if lengths is None else unpack(mass, lengths)
-
-    def _objective(self) -> torch.Tensor:
+    def _objective(self, measured: MicroBatch) -> torch.Tensor:
         """This micro-batch's part of AGTO, scaled as verl scales its losses: FSDP averages gradients over ranks."""
-        roles, _ = self._micro_batch
         config = self.avar
         terms = agto_terms(
-            *self._masses, roles, queries=config.queries, eps=config.eps, system_floor=config.system_floor
+            measured.visual,
+            measured.system,
+            measured.roles,
+            queries=config.queries,
+            eps=config.eps,
+            system_floor=config.system_floor,
         )
-        self._sums["enhance"] = self._sums.get("enhance", 0.0) + terms.enhance_sum.detach()
-        self._sums["suppress"] = self._sums.get("suppress", 0.0) + terms.suppress_sum.detach()
+        for name, value in (("enhance", terms.enhance_sum), ("suppress", terms.suppress_sum)):
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach()
         return terms.loss(config.alpha, config.beta, *self._totals) * self.get_data_parallel_size()
 
     def _count_samples(self, roles: torch.Tensor) -> tuple[int, int]:
@@ -162,24 +170,21 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
 
     def _add(self, name: str, values: torch.Tensor, where: torch.Tensor) -> None:
         """Adds to the sum and the count behind the mean of `name` over queries."""
-        total, count = self._sums.get(name, (0.0, 0))
-        self._sums[name] = (total + (values * where).sum(), count + where.sum())
+        for part, value in ((name, (values * where).sum()), (f"{name}/count", where.sum())):
+            self._sums[part] = self._sums.get(part, 0.0) + value
 
     def _metrics(self) -> dict[str, list[float]]:
         """Figures of the mini-batch over all ranks, in the form of verl's metrics (a list per name)."""
-        names = ("visual_ratio", "visual_mass", "system_mass")
-        flat = [self._sums["enhance"], self._sums["suppress"]] + [x for name in names for x in self._sums[name]]
-        sums = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=get_device_id()) for x in flat])
+        sums = torch.stack([value.double() for value in self._sums.values()])
         torch.distributed.all_reduce(sums, group=self.get_data_parallel_group())
-        enhance, suppress, *rest = sums.tolist()
+        total = dict(zip(self._sums, sums.tolist(), strict=True))
         metrics = {
-            "agto/enhance": enhance / max(1, self._totals[0]),
-            "agto/suppress": suppress / max(1, self._totals[1]),
+            f"agto/{name}": total[name] / max(1, count)
+            for name, count in zip(("enhance", "suppress"), self._totals, strict=True)
         }
         metrics["agto/loss"] = self.avar.alpha * metrics["agto/enhance"] + self.avar.beta * metrics["agto/suppress"]
-        means = [total / max(1.0, count) for total, count in zip(rest[::2], rest[1::2], strict=True)]
-        labels = ("attention/vas_response", "attention/visual_mass", "attention/system_mass")
-        metrics.update(zip(labels, means, strict=True))
+        for name in ("vas_response", "visual_mass", "system_mass"):
+            metrics[f"attention/{name}"] = total[name] / max(1.0, total[f"{name}/count"])
         return {name: [value] for name, value in metrics.items()}
 
 

@@ -21,8 +21,8 @@ def log_to(file: Path | str) -> None:
 
 
 def log_to_unless_told(file: Path | str) -> None:
-    """`log_to`, unless whoever started this process has set the logger's VERL_FILE_LOGGER_PATH."""
-    if "VERL_FILE_LOGGER_PATH" not in os.environ:
+    """`log_to`, in the process that logs, unless whoever started it has set the logger's VERL_FILE_LOGGER_PATH."""
+    if "VERL_FILE_LOGGER_PATH" not in os.environ and os.environ.get("RANK", "0") == "0":
         log_to(file)
 
 

@@ -12,6 +12,12 @@ def pad_rows(rows: torch.Tensor) -> torch.Tensor:
     return torch.nested.to_padded_tensor(rows, padding=0, output_size=(len(lengths), int(lengths.max())))
 
 
+def within(rows: torch.Tensor) -> torch.Tensor:
+    """Where the padded [B, T] of nested rows holds tokens: bool."""
+    lengths = rows.offsets().diff()
+    return torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+
+
 def full_length_mask(mask: torch.Tensor, lengths: list[int]) -> torch.Tensor:
     """A response mask as long as its sequences, nested.
 
