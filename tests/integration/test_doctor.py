@@ -33,4 +33,5 @@ def test_a_vllm_that_loads_no_plugins_is_found(monkeypatch):
     finding = processes.probe("vllm", stack()[0])
     finding.log.unlink()
     assert not finding.ok
+    assert "VLLM_PLUGINS=none-of-them" in finding.detail
     assert "VLLM_PLUGINS" in finding.fix

@@ -130,6 +130,7 @@ def test_hanging_probe_is_ended_with_its_children(tmp_path):
         ("a\nTraceback:\nfoo.BarError: why\n  later\n", "foo.BarError: why"),
         ("\x1b[31mKilled\x1b[0m\n\n", "Killed"),
         ("", "it printed nothing"),
+        ("XError: the cause\nRuntimeError: start failed. See root cause above.\nbye", "XError: the cause"),
     ],
 )
 def test_last_error(output, line):

@@ -89,8 +89,11 @@ def vllm() -> str:
         raise RuntimeError(f"the miniature's base model is not in {base_path()}: install the package with its data")
     import random
 
-    from vllm import LLM, SamplingParams, __version__
+    from vllm import LLM, SamplingParams, __version__, envs
 
+    # An engine without the plugin fails too, but slowly, and has been seen to hang instead.
+    if envs.VLLM_PLUGINS is not None and "avar" not in envs.VLLM_PLUGINS:
+        raise RuntimeError(f"VLLM_PLUGINS={','.join(envs.VLLM_PLUGINS)} keeps vLLM from loading the plugin 'avar'")
     from verl_avar.miniature.tasks import SYSTEM, draw_sample
     from verl_avar.rollout import kv_transfer_config
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from verl_avar.doctor.environment import BOOTSTRAP, Finding
 
+POINTER = "See root cause above"  # vLLM's last exception only points at the one of its engine process
 RESULT = "avar-doctor-result "  # marks the one line of a probe's output that is meant for us
-SECONDS = {"torchvision": 120, "driver": 180, "ray": 300, "vllm": 420}
+SECONDS = {"torchvision": 120, "driver": 180, "ray": 240, "vllm": 300}
 PLUGIN_FIX = "pip install --no-deps -e . at the repository root; unset VERL_USE_EXTERNAL_PLUGINS or let it name avar"
 FIXES = {
     "torchvision": "{bootstrap}: it writes avar_torchvision.pth, which defines the missing op schemas in every process",
@@ -68,7 +69,7 @@ def probe(name: str, stack: str, command: list[str] | None = None, seconds: floa
         if answer["ok"]:
             Path(log.name).unlink()
             return Finding(NAMES[name], True, answer["detail"])
-        ending = answer["detail"]
+        ending = last_error(output) if POINTER in answer["detail"] else answer["detail"]
     else:
         ending += f": {last_error(output)}"
     return Finding(NAMES[name], False, ending, fix, Path(log.name))
@@ -77,7 +78,7 @@ def probe(name: str, stack: str, command: list[str] | None = None, seconds: floa
 def last_error(output: str) -> str:
     """The line of a process's output that most likely says what went wrong: its last exception, or its last line."""
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip() for line in output.splitlines() if line.strip()]
-    raised = [line for line in lines if re.search(r"\b[\w.]*(Error|Exception)\b\s*:", line)]
+    raised = [line for line in lines if re.search(r"\b[\w.]*(Error|Exception)\b\s*:", line) and POINTER not in line]
     return (raised or lines or ["it printed nothing"])[-1][:300]
 
 
