@@ -65,8 +65,12 @@ def prepare_environment(recipe: DictConfig) -> None:
     for name, value in recipe.environment.items():
         os.environ.setdefault(name, value)
     prepare(cpu=recipe.needs.gpus == 0)
-    # SIGTERM ends the trainer and its processes as Ctrl-C does.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, interrupt)
+
+
+def interrupt(*_) -> None:
+    """SIGTERM ends the trainer and its processes as Ctrl-C does, also where Ctrl-C is ignored (a background job)."""
+    raise KeyboardInterrupt
 
 
 def pending(recipe: DictConfig, out: Path, chosen: list[str]) -> list[str]:
