@@ -42,7 +42,7 @@ def test_chain_names_every_object_and_looks_again_before_it_concludes():
     rng = random.Random(4)
     for task in SHAPE_TASKS:
         sample = draw_sample(task, "train", rng)
-        seen, again = sample.thought.split(" Looking at the image again, ")
+        seen, again = sample.thought.split(" Looking at the image again, I see ")
         assert len(objects_of(sample.scene)) == seen.count(",") + 1
         assert sample.answer in again
         assert sample.response == f"<think>{sample.thought}</think><answer>{sample.answer}</answer>"

@@ -6,6 +6,7 @@ question asks. The description names the shape first, then the colour, then the 
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image
@@ -49,48 +50,30 @@ def draw_sample(task: str, split: str, rng: random.Random) -> Sample:
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
     scene, question, finding, answer = {"colour": _colour, "where": _where, "count": _count}[task](split, rng)
-    thought = f"I see {describe(scene)}. Looking at the image again, {finding}."
+    thought = f"I see {describe(scene.objects)}. Looking at the image again, I see {finding}."
     return Sample(task, question, thought, answer, scene.id, split, scenes.render(scene))
 
 
-def describe(scene: Scene) -> str:
-    """Every object in order of its cell: "circle red top left, cross blue middle centre"."""
-    return ", ".join(f"{item.shape} {item.colour} {CELLS[item.cell]}" for item in scene.objects)
+def describe(objects: Sequence[Object]) -> str:
+    """The objects in the order given: "circle red top left, cross blue middle centre", or "nothing"."""
+    return ", ".join(f"{item.shape} {item.colour} {CELLS[item.cell]}" for item in objects) or "nothing"
 
 
-def _colour(split: str, rng: random.Random) -> tuple[Scene, str, str, str]:
-    scene, target = _scene_with_one(split, rng, lambda item: item.shape)
-    return (
-        scene,
-        f"What colour is the {target.shape}?",
-        f"the {target.shape} is {target.colour}",
-        target.colour,
-    )
-
-
-def _where(split: str, rng: random.Random) -> tuple[Scene, str, str, str]:
-    scene, target = _scene_with_one(split, rng, lambda item: (item.shape, item.colour))
-    cell = CELLS[target.cell]
-    return (
-        scene,
-        f"Where is the {target.colour} {target.shape}?",
-        f"the {target.shape} {target.colour} is at {cell}",
-        cell,
-    )
-
-
-def _scene_with_one(split: str, rng: random.Random, key) -> tuple[Scene, Object]:
-    """A scene and one of its objects that no other object equals under `key`."""
+def scene_with_one(split: str, rng: random.Random, by: str) -> tuple[Scene, Object, str]:
+    """A scene, one of its objects, and the words that single it out: its shape, or (`by` "look") colour and shape."""
     while True:
         scene = scenes.draw_scene(rng, rng.choice(SIZES), split)
-        keys = [key(item) for item in scene.objects]
-        unique = [item for item in scene.objects if keys.count(key(item)) == 1]
+        words = [item.shape if by == "shape" else f"{item.colour} {item.shape}" for item in scene.objects]
+        unique = [pair for pair in zip(scene.objects, words, strict=True) if words.count(pair[1]) == 1]
         if unique:
-            return scene, rng.choice(unique)
+            return scene, *rng.choice(unique)
 
 
-def _count(split: str, rng: random.Random) -> tuple[Scene, str, str, str]:
-    """How many objects have a shape, or a colour; every number from 0 to MAX_COUNT equally likely."""
+def scene_with_some(split: str, rng: random.Random) -> tuple[Scene, list[Object], str]:
+    """A scene, its objects of one shape or colour, and their name ("crosses", "red objects").
+
+    Every number of such objects from 0 to MAX_COUNT is equally likely.
+    """
     kind = rng.choice(("shape", "colour"))
     wanted = rng.choice(SHAPES if kind == "shape" else tuple(COLOURS))
     number = rng.randint(0, MAX_COUNT)
@@ -98,9 +81,22 @@ def _count(split: str, rng: random.Random) -> tuple[Scene, str, str, str]:
     looks = [_look(rng, kind, wanted, matches=index < number) for index in range(size)]
     scene = scenes.draw_scene(rng, size, split, looks)
     found = [item for item in scene.objects if getattr(item, kind) == wanted]
-    listed = ", ".join(f"{item.shape} {item.colour}" for item in found)
-    question = f"How many {plural(wanted)} are there?" if kind == "shape" else f"How many {wanted} objects are there?"
-    return scene, question, f"{listed or 'nothing'} makes {number}", str(number)
+    return scene, found, plural(wanted) if kind == "shape" else f"{wanted} objects"
+
+
+def _colour(split: str, rng: random.Random) -> tuple[Scene, str, str, str]:
+    scene, target, words = scene_with_one(split, rng, by="shape")
+    return scene, f"What colour is the {words}?", describe([target]), target.colour
+
+
+def _where(split: str, rng: random.Random) -> tuple[Scene, str, str, str]:
+    scene, target, words = scene_with_one(split, rng, by="look")
+    return scene, f"Where is the {words}?", describe([target]), CELLS[target.cell]
+
+
+def _count(split: str, rng: random.Random) -> tuple[Scene, str, str, str]:
+    scene, found, name = scene_with_some(split, rng)
+    return scene, f"How many {name} are there?", f"{describe(found)}, which makes {len(found)}", str(len(found))
 
 
 def _look(rng: random.Random, kind: str, wanted: str, matches: bool) -> tuple[str, str]:
@@ -118,6 +114,6 @@ def plural(shape: str) -> str:
 def _digit(split: str, rng: random.Random) -> Sample:
     index = digits.draw_digit(rng, split)
     value = str(digits.label(index))
-    thought = f"I see digit {value}. Looking at the image again, the digit is {value}."
+    thought = f"I see digit {value}. Looking at the image again, I see digit {value}."
     picture = digits.render(index, rng if split == "train" else None)
     return Sample("digit", "Which digit is written?", thought, value, f"digit:{index}", split, picture)
