@@ -10,6 +10,7 @@ VERL = "verl==0.9.1"
 CORE = [
     "numpy>=2.0",
     "omegaconf>=2.3,<2.4",  # hydra-core, which verl configures itself with, has not moved to 2.4
+    "packaging",
     "pandas",
     "pillow",
     "psutil",

@@ -179,7 +179,7 @@ def report(recipe: DictConfig, out: Path, console: Console) -> None:
 
 
 def collect(recipe: DictConfig, out: Path) -> dict:
-    """`results.json` (its schema: verl_avar/report/report.py) from the stages' own files."""
+    """`results.json` (its schema: verl_avar/report/results.py) from the stages' own files."""
     stages = []
     for name in CHECKPOINTS:
         path = out / "evaluate" / f"{name}.json"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
-import os
 import re
 import signal
 import subprocess
@@ -19,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from verl_avar.training.metrics import log_to, read_steps
+from verl_avar.training.shared_memory import remove_segments
 
 METRICS = "metrics.jsonl"
 POLL_SECONDS = 0.5
@@ -69,7 +69,7 @@ def run_trainer(
     finally:
         end_processes(family)
         child.wait()
-        remove_shared_memory(started)
+        remove_segments(started)
         (folder / "process.json").unlink(missing_ok=True)
     if child.returncode != 0:
         raise StageFailed(f"{folder.name}: {_error_line(log, log_start)} (exit {child.returncode}; all of it in {log})")
@@ -85,7 +85,7 @@ def end_leftover(folder: Path) -> None:
         process = psutil.Process(record["pid"])
         if process.create_time() == record["created"]:  # else the pid is somebody else's by now
             end_processes({process} | _descendants(process))
-    remove_shared_memory(record["started"])
+    remove_segments(record["started"])
     path.unlink()
 
 
@@ -97,23 +97,6 @@ def end_processes(processes: set[psutil.Process]) -> None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 stop(process)
         _, alive = psutil.wait_procs(alive, timeout=GRACE_SECONDS)
-
-
-def remove_shared_memory(since: float) -> None:
-    """Removes this user's `psm_*` segments made since a time and mapped by no process (verl leaves them; Linux)."""
-    shared = Path("/dev/shm")
-    mine = [f for f in shared.glob("psm_*") if f.stat().st_uid == os.getuid() and f.stat().st_mtime >= since]
-    if not mine:
-        return
-    mapped = ""
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        try:
-            mapped += maps.read_text()
-        except OSError:  # it ended, or is another user's
-            continue
-    for segment in mine:
-        if segment.name not in mapped:
-            segment.unlink(missing_ok=True)
 
 
 def _descendants(process: psutil.Process) -> set[psutil.Process]:

@@ -8,6 +8,7 @@ Resumes from the newest checkpoint of `trainer.default_local_dir` (`trainer.resu
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -15,13 +16,14 @@ from omegaconf import DictConfig
 from verl_avar.training.compose import ConfigError, arguments, compose
 from verl_avar.training.environment import prepare
 from verl_avar.training.metrics import log_to_unless_told
-from verl_avar.training.watchdog import StalledError, watch
+from verl_avar.training.shared_memory import remove_segments
+from verl_avar.training.watchdog import watch
 
 
 def run(config: DictConfig) -> None:
     """Trains until `trainer.total_training_steps`, on the cluster of RAY_ADDRESS or a local one that ends with the run.
 
-    Raises ConfigError for a mistake in the settings or the data, StalledError for a run that hangs.
+    Raises ConfigError for a mistake in the settings or the data. A run that hangs ends the process (`watchdog.py`).
     """
     check(config)
     log_to_unless_told(config.avar.metrics_file)
@@ -29,11 +31,13 @@ def run(config: DictConfig) -> None:
     import ray
     from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
 
+    started = time.time()
     with watch(config.trainer.default_local_dir, config.avar.stall_s):
         try:
             run_ppo(config, task_runner_class=TaskRunnerV1)
         finally:
             ray.shutdown()
+            remove_segments(since=started)
 
 
 def check(config: DictConfig) -> None:
@@ -64,7 +68,7 @@ def find_reward(path: str) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line. 2 for a mistake in the settings, 3 for a run that hung, each told in one line."""
+    """Command line. Exit status 2 for a mistake in the settings, 3 for a run that hung, each told in one line."""
     try:
         config = compose(*arguments("verl_avar.training.rl", "rl", argv))
         prepare(cpu=config.trainer.device == "cpu")
@@ -72,9 +76,6 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except StalledError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
     return 0
 
 

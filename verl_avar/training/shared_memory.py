@@ -1,0 +1,32 @@
+"""Segments that verl leaves in shared memory.
+
+A weight sync without CUDA IPC goes through multiprocessing's shared memory (`psm_*` in /dev/shm), which the processes
+that verl ends by force never unlink.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def remove_segments(since: float) -> None:
+    """Removes this user's segments made after a time (seconds since the epoch) that no process maps. Linux only."""
+    mine = [f for f in SHARED_MEMORY.glob("psm_*") if f.stat().st_uid == os.getuid() and f.stat().st_mtime >= since]
+    mapped = _mapped() if mine else ""
+    for segment in mine:
+        if segment.name not in mapped:
+            segment.unlink(missing_ok=True)
+
+
+def _mapped() -> str:
+    """What this user's processes map."""
+    texts = []
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            texts.append(maps.read_text())
+        except OSError:  # it ended meanwhile, or is another user's
+            continue
+    return "".join(texts)
