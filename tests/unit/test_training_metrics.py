@@ -1,14 +1,16 @@
 """Step metrics and checkpoints on disk, over resumed runs; the watchdog; the reward's parts."""
 
 import json
-import signal
+import subprocess
+import sys
 import time
 
+import psutil
 import pytest
 
 from verl_avar.training.checkpoint import latest_model, latest_step
 from verl_avar.training.metrics import log_to, log_to_unless_told, read_steps
-from verl_avar.training.watchdog import StalledError, watch
+from verl_avar.training.watchdog import watch
 
 
 def write(file, steps, end="\n"):
@@ -71,23 +73,34 @@ def test_missing_checkpoints_say_what_is_missing(tmp_path):
         latest_model(tmp_path)
 
 
-def test_stalled_run_is_stopped(tmp_path):
-    before = signal.getsignal(signal.SIGALRM)
-    with pytest.raises(StalledError, match="no step and no checkpoint"), watch(tmp_path, stall_s=0.2, every_s=0.05):
-        time.sleep(5)
-    assert signal.getsignal(signal.SIGALRM) == before
+def test_stalled_run_is_ended_once(tmp_path):
+    ended = []
+    with watch([tmp_path], stall_s=0.2, every_s=0.05, end=ended.append):
+        time.sleep(0.6)
+    assert len(ended) == 1 and "no step and no checkpoint" in ended[0]
 
 
 def test_run_that_writes_goes_on(tmp_path):
-    with watch(tmp_path, stall_s=0.3, every_s=0.05):
+    ended = []
+    with watch([tmp_path], stall_s=0.4, every_s=0.05, end=ended.append):
         for step in range(8):
             (tmp_path / "metrics.jsonl").write_text(str(step))
             time.sleep(0.1)
+    assert not ended
 
 
-def test_termination_runs_the_cleanup(tmp_path):
-    with pytest.raises(SystemExit), watch(tmp_path, stall_s=60):
-        signal.raise_signal(signal.SIGTERM)
+def test_stalled_process_ends_with_its_children(tmp_path):
+    script = (
+        "import subprocess, sys, time\n"
+        "from verl_avar.training.watchdog import watch\n"
+        "child = subprocess.Popen(['sleep', '60'])\n"
+        "print(child.pid, flush=True)\n"
+        f"with watch([{str(tmp_path)!r}], stall_s=0.1, every_s=0.05):\n"
+        "    time.sleep(60)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 3 and done.stderr.startswith("error: no step")
+    assert not psutil.pid_exists(int(done.stdout))
 
 
 def test_reward_parts_are_means_over_rollouts():

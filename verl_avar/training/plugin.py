@@ -3,9 +3,8 @@
 It registers the CPU platform, and has our engine and trainer registered and upstream's faults patched when the verl
 modules concerned are imported. It imports neither vLLM nor transformers.
 
-verl swallows a plugin's exceptions at DEBUG level, so a failure is printed here, and kept in `STATUS` for
-`avar doctor`; a process that asks for our engine then fails with verl's "Unknown platform" or "no engine" error right
-after our line.
+A failure is printed and kept in `STATUS`, which `avar doctor` reads; a process that needs what is missing then fails
+with verl's own error ("Unknown platform", an engine that isn't there) right after our line.
 """
 
 from __future__ import annotations
@@ -74,6 +73,6 @@ def _followed_by(name: str):
 try:
     activate()
 except Exception as error:
+    # Raising would lose it: verl logs a plugin's exception at DEBUG and Python forgets the module.
     STATUS.error = f"{type(error).__name__}: {error}"
     print(f"verl_avar: plugin failed in process {os.getpid()}: {STATUS.error}", file=sys.stderr, flush=True)
-    raise

@@ -7,6 +7,7 @@ Resumes from the newest checkpoint of `trainer.default_local_dir` (`trainer.resu
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -32,7 +33,7 @@ def run(config: DictConfig) -> None:
     from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
 
     started = time.time()
-    with watch(config.trainer.default_local_dir, config.avar.stall_s):
+    with watch([config.trainer.default_local_dir, os.environ["VERL_FILE_LOGGER_PATH"]], config.avar.stall_s):
         try:
             run_ppo(config, task_runner_class=TaskRunnerV1)
         finally:

@@ -1,44 +1,70 @@
-"""Ends a run that no longer makes progress, and one that is told to stop, without leaving processes behind.
+"""Ends a run that no longer makes progress.
 
-In verl a failed weight load leaves the trainer waiting for an answer that never comes (verl/checkpoint_engine).
+In verl a failed weight load leaves the trainer waiting for an answer that never comes, inside `ray.get`, where the main
+thread hears no signal; so a thread watches, and ends the process with everything it started.
 """
 
 from __future__ import annotations
 
-import signal
+import os
+import sys
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-
-class StalledError(RuntimeError):
-    """No progress for longer than allowed."""
+STALLED = 3  # exit status
+GRACE_S = 10  # between SIGTERM and SIGKILL
 
 
 @contextmanager
-def watch(folder: Path | str, stall_s: float, every_s: float = 5.0) -> Iterator[None]:
-    """Raises StalledError in the main thread when nothing in `folder` was written for `stall_s` seconds; turns SIGTERM
-    into SystemExit, so that `finally` blocks run. Main thread only: it uses SIGALRM.
+def watch(
+    places: Sequence[Path | str], stall_s: float, every_s: float = 5.0, end: Callable[[str], None] | None = None
+) -> Iterator[None]:
+    """Calls `end(message)`, by default `end_process`, when nothing in `places` was written for `stall_s` seconds.
+
+    places: files, and folders with all that is in them.
     """
-    folder, started = Path(folder), time.time()
+    started, done = time.time(), threading.Event()
 
-    def check(signum, frame):
-        newest = max([started, *(p.stat().st_mtime for p in folder.rglob("*") if p.is_file())])
-        if time.time() - newest > stall_s:
-            raise StalledError(
-                f"no step and no checkpoint for {stall_s:.0f} s; the last lines above say what it waited for. "
-                "Run the same command again to resume from the newest checkpoint, or raise avar.stall_s"
-            )
+    def look() -> None:
+        while not done.wait(every_s):
+            if time.time() - max(started, last_write(places)) > stall_s:
+                (end or end_process)(
+                    f"no step and no checkpoint for {stall_s:.0f} s; what it waited for is in the lines above. Run the "
+                    "same command again to resume from the newest checkpoint, or raise avar.stall_s"
+                )
+                return
 
-    def stop(signum, frame):
-        raise SystemExit(128 + signum)
-
-    handlers = {number: signal.signal(number, act) for number, act in ((signal.SIGALRM, check), (signal.SIGTERM, stop))}
-    timer = signal.setitimer(signal.ITIMER_REAL, every_s, every_s)
+    thread = threading.Thread(target=look, name="watchdog", daemon=True)
+    thread.start()
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, *timer)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        done.set()
+        thread.join()
+
+
+def last_write(places: Sequence[Path | str]) -> float:
+    """When the newest of these files, or of the files in these folders, was written; 0 where there is none."""
+    newest = 0.0
+    for place in map(Path, places):
+        for path in (place, *place.rglob("*")):
+            with suppress(FileNotFoundError):  # an old checkpoint may go while we look
+                newest = max(newest, path.stat().st_mtime)
+    return newest
+
+
+def end_process(message: str) -> None:
+    """Ends this process and all that it started (Ray, its workers, vLLM), with one line and status `STALLED`."""
+    import psutil
+
+    children = psutil.Process().children(recursive=True)
+    for stop in (psutil.Process.terminate, psutil.Process.kill):
+        for child in children:
+            with suppress(psutil.NoSuchProcess):
+                stop(child)
+        _, children = psutil.wait_procs(children, timeout=GRACE_S)
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(STALLED)  # the main thread can't be interrupted
