@@ -82,13 +82,25 @@ def test_heatmap_pieces_are_the_response(checkpoint, rows):
 
 
 def test_sentences():
-    tokens = ["I", " see", " a", " cat", ".", " Look", "ing", ",", " red", "</think>", "<answer>", "red", "</answer>"]
-    assert ["".join(s) for s in sentences(tokens)] == [
-        "I see a cat.",
-        " Looking,",
-        " red</think>",
-        "<answer>red</answer>",
+    tokens = [
+        "<think>",
+        "I",
+        " see",
+        " it",
+        ".",
+        " Again",
+        ",",
+        " red",
+        ".",
+        "</think>",
+        "<answer>",
+        "red",
+        "</answer>",
+        "<|im_end|>",
     ]
+    expected = ["<think>I see it.", " Again,", " red.</think>", "<answer>red</answer><|im_end|>"]
+    assert ["".join(s) for s in sentences(tokens)] == expected
+    assert sentences([]) == []
 
 
 def test_an_evaluation_has_every_figure(folder, rows):

@@ -52,10 +52,14 @@ def attention_to_cells(checkpoint: Checkpoint, answers: Answers) -> np.ndarray:
 
 
 def sentences(tokens: list[str]) -> list[list[str]]:
-    """Tokens grouped into sentences: a group ends with a full stop or comma, or with a closing tag."""
-    groups: list[list[str]] = [[]]
+    """Tokens grouped into sentences and clauses; closing tags and the end marker stay with what they close."""
+    groups: list[list[str]] = []
+    open_group = False
     for token in tokens:
-        groups[-1].append(token)
-        if re.search(r"[.!?,]$|</\w+>$", token.strip()):
-            groups.append([])
-    return [group for group in groups if group]
+        closes = re.fullmatch(r"\s*(</\w+>|<\|\w+\|>)", token)
+        if groups and (open_group or closes):
+            groups[-1].append(token)
+        else:
+            groups.append([token])
+        open_group = not (closes or re.search(r"[.!?,]$", token.strip()))
+    return groups

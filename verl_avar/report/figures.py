@@ -176,7 +176,7 @@ def heatmap_sheet(sample: "HeatmapSample", columns: int = 3) -> Figure:
     top = brightest(sample)
     pictures = [(sample.question, attention_heatmap(sample.image))]
     for text, weights in sample.steps:
-        words = f"{text}\n→ image: {percent(float(np.sum(weights)))} % of attention"
+        words = f"{text.strip()}\n→ image: {percent(float(np.sum(weights)))} % of attention"
         pictures.append((words, attention_heatmap(sample.image, weights, top)))
     lines = math.ceil(len(pictures) / columns)
     figure = Figure(figsize=(3.1 * columns, 4.1 * lines), dpi=120)
