@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from verl_avar.training.metrics import log_to, read_steps
+from verl_avar.training.processes import descendants, end_processes
 from verl_avar.training.shared_memory import remove_segments
 
 METRICS = "metrics.jsonl"
 POLL_SECONDS = 0.5
-GRACE_SECONDS = 20.0  # between SIGTERM and SIGKILL: Ray and vLLM need a few seconds to leave
 LINES_PER_RUN = 20  # step lines where the output is not a terminal
 
 
@@ -62,7 +62,7 @@ def run_trainer(
     try:
         with steps:
             while child.poll() is None:
-                family |= _descendants(process)
+                family |= descendants(process)
                 steps.update()
                 time.sleep(POLL_SECONDS)
             steps.update()
@@ -84,26 +84,9 @@ def end_leftover(folder: Path) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(record["pid"])
         if process.create_time() == record["created"]:  # else the pid is somebody else's by now
-            end_processes({process} | _descendants(process))
+            end_processes({process} | descendants(process))
     remove_segments(record["started"])
     path.unlink()
-
-
-def end_processes(processes: set[psutil.Process]) -> None:
-    """SIGTERM, some seconds, SIGKILL: to these handles and no others."""
-    alive = [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-    for stop in (psutil.Process.terminate, psutil.Process.kill):
-        for process in alive:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                stop(process)
-        _, alive = psutil.wait_procs(alive, timeout=GRACE_SECONDS)
-
-
-def _descendants(process: psutil.Process) -> set[psutil.Process]:
-    try:
-        return set(process.children(recursive=True))
-    except psutil.NoSuchProcess:
-        return set()
 
 
 def _die_with_parent() -> None:

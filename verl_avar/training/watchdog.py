@@ -14,8 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
+from verl_avar.training.processes import descendants, end_processes
+
 STALLED = 3  # exit status
-GRACE_S = 10  # between SIGTERM and SIGKILL
 
 
 @contextmanager
@@ -58,13 +61,6 @@ def last_write(places: Sequence[Path | str]) -> float:
 
 def end_process(message: str) -> None:
     """Ends this process and all that it started (Ray, its workers, vLLM), with one line and status `STALLED`."""
-    import psutil
-
-    children = psutil.Process().children(recursive=True)
-    for stop in (psutil.Process.terminate, psutil.Process.kill):
-        for child in children:
-            with suppress(psutil.NoSuchProcess):
-                stop(child)
-        _, children = psutil.wait_procs(children, timeout=GRACE_S)
+    end_processes(descendants(psutil.Process()))
     print(f"error: {message}", file=sys.stderr, flush=True)
     os._exit(STALLED)  # the main thread can't be interrupted
