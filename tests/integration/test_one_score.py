@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 import torch
-from test_training_engine import build_engine, infer, process_group  # noqa: F401  (fixtures)
+from test_training_engine import build_engine, infer, process_group, transformers_restored  # noqa: F401  (fixtures)
 
 from verl_avar.evaluation.answer import answer, answer_masses
 from verl_avar.evaluation.checkpoint import load_checkpoint

@@ -71,7 +71,25 @@ def process_group():
 
 
 @pytest.fixture(scope="module")
-def build_engine(model_folder, process_group):
+def transformers_restored():
+    """verl gives transformers' Qwen-VL classes its own `forward` when an engine is built; other tests want theirs."""
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
+    from transformers.models.qwen2_vl import modeling_qwen2_vl
+
+    classes = [
+        value
+        for module in (modeling_qwen2_vl, modeling_qwen2_5_vl)
+        for value in vars(module).values()
+        if isinstance(value, type) and "forward" in vars(value)
+    ]
+    before = [(cls, vars(cls)["forward"]) for cls in classes]
+    yield
+    for cls, forward in before:
+        cls.forward = forward
+
+
+@pytest.fixture(scope="module")
+def build_engine(model_folder, process_group, transformers_restored):
     """Builds a real engine with settings of the block `avar` and of the model."""
     from verl.utils.config import omega_conf_to_dataclass
     from verl.workers.engine import EngineRegistry
