@@ -7,6 +7,7 @@ set -euo pipefail
 mode=${1:-cpu}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${VERL_AVAR_VENV:-$root/.venv}
+case $venv in /*) ;; *) venv=$PWD/$venv ;; esac
 log=$venv/bootstrap.log
 
 fail() { printf 'bootstrap: %s\n  what to do: %s\n' "$1" "$2" >&2; exit 1; }
@@ -38,8 +39,8 @@ step() {
     say "$what ..."
     echo "== $what: $*" >>"$log"
     "$@" >>"$log" 2>&1 || {
-        grep -E '^ERROR' "$log" | tail -n 3 >&2
-        fail "failed: $what" "see the end of $log; check that pip can reach its index, then run this again"
+        { grep -E '^(ERROR|[A-Za-z.]*Error:)' "$log" || true; } | tail -n 3 >&2
+        fail "failed: $what" "see the end of $log; where it names pip, check that pip can reach its index; then run this again"
     }
     say "$what: $((SECONDS - start)) s"
 }

@@ -44,6 +44,8 @@ def check(recipe: DictConfig, out: Path, stages: list[str]) -> None:
 def check_machine(recipe: DictConfig, out: Path) -> None:
     """Disk where the run goes, and memory."""
     place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    if not place.is_dir():
+        raise SettingsError(f"{place} is a file; choose a folder with --out DIR")
     if not os.access(place, os.W_OK):
         raise SettingsError(f"cannot write to {place}; choose another folder with --out DIR")
     free = shutil.disk_usage(place).free / GIB
@@ -70,13 +72,12 @@ def check_base(base: str) -> None:
 
 def check_port() -> None:
     """A port that the user fixed for the process group must be free."""
-    from verl_avar.training.environment import free_port
+    from verl_avar.training.environment import fixed_port, free_port
 
-    if port := os.environ.get("MASTER_PORT"):
-        try:
-            free_port(int(port))
-        except (RuntimeError, ValueError) as error:
-            raise SettingsError(f"MASTER_PORT: {error}") from None
+    try:
+        free_port(fixed_port())
+    except RuntimeError as error:
+        raise SettingsError(str(error)) from None
 
 
 def check_data(recipe: DictConfig) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import json
 import os
 import signal
 import sys
@@ -19,11 +18,24 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import preflight
+from files import read_json, write_json
 from omegaconf import DictConfig
 from rich.console import Console
 from settings import SettingsError, fingerprint, load
 from trainer_process import StageFailed
 
+DONE, SETTINGS = "done.json", "settings.json"
+# What has to be there before a stage.
+NEEDS = {
+    "data": [],
+    "coldstart": ["data"],
+    "coldstart_agto": ["data"],
+    "rl": ["data", "coldstart_agto"],
+    "evaluate": ["data"],
+    "report": ["data", "evaluate"],
+}
+# They look at what the other stages left, which may be more than the last time; evaluate keeps what it has.
+REPEATED = ("evaluate", "report")
 EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 1, 130
 
 
@@ -42,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         chosen = preflight.chosen_stages(args.stages)
         prepare_environment(recipe)
         stages = pending(recipe, out, chosen)
-        if {*stages} - {"report"}:
+        if {*stages} - {*REPEATED}:
             preflight.check(recipe, out, stages)
         run(recipe, out, chosen, console)
     except SettingsError as error:
@@ -74,18 +86,23 @@ def interrupt(*_) -> None:
 
 
 def pending(recipe: DictConfig, out: Path, chosen: list[str]) -> list[str]:
-    """The chosen stages that are not done. Raises SettingsError where a done stage had other settings."""
-    open_stages = []
-    for stage in chosen:
-        marker = out / stage / "done.json"
-        if not marker.exists() or stage == "report":
-            open_stages.append(stage)
-        elif json.loads(marker.read_text())["settings"] != stage_fingerprint(recipe, stage):
+    """The chosen stages that have something to do.
+
+    Raises SettingsError where a stage was begun with other settings, or where what a stage needs is neither done nor
+    chosen.
+    """
+    for stage in preflight.STAGES:
+        began_with = read_json(out / stage / SETTINGS)
+        if began_with is not None and stage != "report" and began_with != stage_fingerprint(recipe, stage):
             raise SettingsError(
                 f"the settings of stage '{stage}' differ from those that {out / stage} was made with; "
-                f"use another --out, or delete that folder and those of the later stages to make it again"
+                "use another --out, or delete that folder and those of the later stages to make it again"
             )
-    return open_stages
+    for stage in chosen:
+        for needed in NEEDS[stage]:
+            if needed not in chosen and not (out / needed / DONE).exists():
+                raise SettingsError(f"stage '{stage}' needs '{needed}', which is not done in {out}; add it to --stages")
+    return [stage for stage in chosen if stage in REPEATED or not (out / stage / DONE).exists()]
 
 
 def stage_fingerprint(recipe: DictConfig, stage: str) -> str:
@@ -110,14 +127,15 @@ def run(recipe: DictConfig, out: Path, chosen: list[str], console: Console) -> N
     with only_run(out):
         for stage in chosen:
             folder = out / stage
-            marker = folder / "done.json"
-            if marker.exists() and stage != "report":
-                console.print(f"{stage}: done before ({json.loads(marker.read_text())['seconds']:.0f} s), skipped")
+            marker = folder / DONE
+            if marker.exists() and stage not in REPEATED:
+                console.print(f"{stage}: done before ({read_json(marker)['seconds']:.0f} s), skipped", highlight=False)
                 continue
             folder.mkdir(exist_ok=True)
+            write_json(folder / SETTINGS, stage_fingerprint(recipe, stage))
             with clock(folder) as seconds:
                 getattr(stages, stage)(recipe, out, console)
-            write_json(marker, {"seconds": seconds(), "settings": stage_fingerprint(recipe, stage)})
+            write_json(marker, {"seconds": seconds()})
             console.print(f"{stage}: done in {seconds():.0f} s", highlight=False)
 
 
@@ -125,7 +143,7 @@ def run(recipe: DictConfig, out: Path, chosen: list[str], console: Console) -> N
 def clock(folder: Path):
     """Seconds spent on a stage, those of interrupted attempts included."""
     path = folder / "seconds.json"
-    before = json.loads(path.read_text()) if path.exists() else 0.0
+    before = read_json(path, 0.0)
     start = time.monotonic()
 
     def seconds() -> float:
@@ -148,13 +166,6 @@ def only_run(out: Path):
                 f"another run is using {out}; wait for it, or choose another folder with --out"
             ) from None
         yield
-
-
-def write_json(path: Path, value) -> None:
-    """Whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1))
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

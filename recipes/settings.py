@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -47,7 +48,7 @@ class Training:
 
 @dataclass
 class Agto:
-    """Weights of the objective in the second cold start (METHOD §4); the first has none."""
+    """Weights of the objective in the second cold start (AVAR §3.2); the first has none."""
 
     alpha: float = 0.15
     beta: float = 0.15
@@ -87,6 +88,8 @@ def load(path: Path, overrides: list[str]) -> DictConfig:
         return recipe
     except FileNotFoundError:
         raise SettingsError(f"no recipe {path}") from None
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path} is not a yaml file: {' '.join(str(error).split())}") from None
     except OmegaConfBaseException as error:
         where = f" (at {error.full_key})" if error.full_key else ""
         raise SettingsError(f"{path.name}: {str(error).splitlines()[0]}{where}") from None

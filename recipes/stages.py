@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
+from files import read_json, write_json
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import track
 from trainer_process import METRICS, run_trainer
 from transformers.utils.logging import disable_progress_bar
 
+from verl_avar.training.checkpoint import latest_model, latest_step
 from verl_avar.training.metrics import read_steps
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +43,13 @@ def data(recipe: DictConfig, out: Path, console: Console) -> None:
 
 def data_file(recipe: DictConfig, out: Path, kind: str) -> Path:
     """The parquet file of a kind: the user's own, or the one that the data stage wrote."""
-    return Path(recipe.data[kind]) if recipe.data[kind] else out / "data" / f"{kind}.parquet"
+    return Path(recipe.data[kind]).expanduser() if recipe.data[kind] else out / "data" / f"{kind}.parquet"
+
+
+def path_override(key: str, path: Path | str) -> str:
+    """A hydra override whose value may hold any character that a path may."""
+    text = str(path).replace("\\", "\\\\").replace("'", "\\'")
+    return f"{key}='{text}'"
 
 
 def coldstart(recipe: DictConfig, out: Path, console: Console) -> None:
@@ -59,10 +66,11 @@ def coldstart_agto(recipe: DictConfig, out: Path, console: Console) -> None:
 def _sft(recipe: DictConfig, out: Path, stage: str, *, alpha, beta, floor, console: Console) -> None:
     settings = recipe.coldstart
     overrides = [
-        f"model.path={model_folder(recipe, out, 'base')}",
-        f"data.train_files={data_file(recipe, out, 'sft')}",
-        f"trainer.default_local_dir={out / stage / 'checkpoints'}",
+        path_override("model.path", model_folder(recipe, out, "base")),
+        path_override("data.train_files", data_file(recipe, out, "sft")),
+        path_override("trainer.default_local_dir", out / stage / "checkpoints"),
         f"trainer.total_training_steps={settings.steps}",
+        f"trainer.seed={recipe.seed}",
         f"engine.avar.alpha={alpha}",
         f"engine.avar.beta={beta}",
         f"engine.avar.system_floor={'null' if floor is None else floor}",
@@ -80,13 +88,13 @@ def rl(recipe: DictConfig, out: Path, console: Console) -> None:
     """GRPO with VARS from the checkpoint that AGTO left."""
     settings = recipe.rl
     overrides = [
-        f"actor_rollout_ref.model.path={model_folder(recipe, out, 'coldstart_agto')}",
-        f"data.train_files={data_file(recipe, out, 'rl')}",
-        f"data.val_files={data_file(recipe, out, 'eval')}",
-        f"trainer.default_local_dir={out / 'rl' / 'checkpoints'}",
+        path_override("actor_rollout_ref.model.path", model_folder(recipe, out, "coldstart_agto")),
+        path_override("data.train_files", data_file(recipe, out, "rl")),
+        path_override("data.val_files", data_file(recipe, out, "eval")),
+        path_override("trainer.default_local_dir", out / "rl" / "checkpoints"),
         f"trainer.total_training_steps={settings.steps}",
-        f"reward.custom_reward_function.path={ROOT / recipe.reward_fn}",
-        f"avar.metrics_file={out.absolute() / 'rl' / METRICS}",
+        f"data.seed={recipe.seed}",
+        path_override("reward.custom_reward_function.path", ROOT / recipe.reward_fn),
         *settings.overrides,
     ]
 
@@ -97,6 +105,8 @@ def rl(recipe: DictConfig, out: Path, console: Console) -> None:
 
 
 def _train(module: str, settings, overrides: list[str], folder: Path, describe, console: Console) -> None:
+    if latest_step(folder / "checkpoints") >= settings.steps:  # ended between its last checkpoint and being marked done
+        return
     run_trainer(
         [sys.executable, "-m", f"verl_avar.training.{module}", "--config-name", settings.config, *overrides],
         folder.absolute(),
@@ -110,12 +120,11 @@ def model_folder(recipe: DictConfig, out: Path, name: str) -> str:
     """Where the model of a stage lies, in Hugging Face format."""
     if name == "base":
         if recipe.base != "miniature":
-            return recipe.base
+            local = Path(recipe.base).expanduser()
+            return str(local) if local.exists() else recipe.base
         from verl_avar.miniature import base_path
 
         return str(base_path())
-    from verl_avar.training.checkpoint import latest_model
-
     return str(latest_model(out / FOLDERS[name] / "checkpoints"))
 
 
@@ -148,7 +157,7 @@ def evaluate(recipe: DictConfig, out: Path, console: Console) -> None:
         )  # fmt: skip
         answers = rows[["extra_info", "reward_model"]].assign(response=results.pop("responses"))
         answers.to_parquet(done.with_suffix(".parquet"))
-        done.write_text(json.dumps({"name": name, "samples": len(rows)} | results, indent=1))
+        write_json(done, {"name": name, "samples": len(rows)} | results)
         console.print(f"evaluate: {name}: accuracy {results['accuracy']['all']:.3f}", highlight=False)
 
 
@@ -170,9 +179,7 @@ def report(recipe: DictConfig, out: Path, console: Console) -> None:
             heatmap_sample(checkpoint, row, recipe.evaluation.max_new_tokens, name) for _, row in chosen.iterrows()
         ]
     folder = out / "report"
-    temporary = folder / "results.tmp"
-    temporary.write_text(json.dumps(results, indent=1))
-    temporary.replace(folder / "results.json")
+    write_json(folder / "results.json", results)
     page = render(results, out, samples)
     print_table(results, console)
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
@@ -185,11 +192,11 @@ def collect(recipe: DictConfig, out: Path) -> dict:
         path = out / "evaluate" / f"{name}.json"
         if not path.exists():
             continue
-        stage = json.loads(path.read_text())
+        stage = read_json(path)
         trained = out / FOLDERS.get(name, name) / "done.json"
         # The time that the report shows is the training's; that of evaluating is beside it.
         stage["evaluation_seconds"] = stage["seconds"]
-        stage["seconds"] = json.loads(trained.read_text())["seconds"] if trained.exists() else 0.0
+        stage["seconds"] = read_json(trained, {"seconds": 0.0})["seconds"]
         stages.append(stage)
     steps = [reward_parts(step) for step in read_steps(out / "rl" / METRICS)]
     config = {"recipe": recipe.name, "seed": recipe.seed, "AGTO α, β": f"{recipe.agto.alpha}, {recipe.agto.beta}"}
@@ -204,6 +211,7 @@ def reward_parts(step: dict) -> dict:
         "format": "reward/format",
         "visual": "reward/visual",
         "visual_raw": "reward/visual_raw",
+        "visual_ratio": "reward/visual_ratio",
         "visual_mass": "reward/visual_mass",
         "system_mass": "reward/system_mass",
     }

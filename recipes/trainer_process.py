@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import re
 import signal
 import subprocess
@@ -14,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
+from files import read_json, write_json
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -47,16 +47,15 @@ def run_trainer(
     end_leftover(folder)
     metrics, log = folder / METRICS, folder / "log.txt"
     log_to(metrics)
-    started = time.time()
+    started, log_start = time.time(), log.stat().st_size if log.exists() else 0
     with log.open("ab") as output:
         child = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
             start_new_session=True, preexec_fn=_die_with_parent,
         )  # fmt: skip
-    log_start = log.stat().st_size
     process = psutil.Process(child.pid)
     record = {"pid": child.pid, "created": process.create_time(), "started": started}
-    (folder / "process.json").write_text(json.dumps(record))
+    write_json(folder / "process.json", record)
     family: set[psutil.Process] = {process}
     steps = _Steps(metrics, total_steps, folder.name, describe, console)
     try:
@@ -80,7 +79,7 @@ def end_leftover(folder: Path) -> None:
     path = folder / "process.json"
     if not path.exists():
         return
-    record = json.loads(path.read_text())
+    record = read_json(path)
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(record["pid"])
         if process.create_time() == record["created"]:  # else the pid is somebody else's by now
@@ -96,14 +95,15 @@ def _die_with_parent() -> None:
 
 
 def _error_line(log: Path, start: int) -> str:
-    """The last line of the log that names an error, without Ray's prefix and colours."""
+    """The trainer's own last error line, or else the last line that names one, without Ray's prefix and colours."""
     with log.open("rb") as file:
         file.seek(start)
         text = file.read().decode(errors="replace")
     text = re.sub(r"\x1b\[[0-9;]*m", "", text)
     lines = [re.sub(r"^\([^)]*pid=[^)]*\)\s*", "", line).strip() for line in text.splitlines()]
     errors = [line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception|Interrupt)\b.*: \S", line)]
-    return (errors or [line for line in lines if line] or ["ended without a word"])[-1][:300]
+    own = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return (own or errors or [line for line in lines if line] or ["ended without a word"])[-1][:300]
 
 
 class _Steps:

@@ -1,4 +1,4 @@
-"""VARS, visual-anchored reward shaping, for verl's stock `naive` reward manager (AVAR §VARS, arXiv:2603.03825).
+"""VARS, visual-anchored reward shaping, for verl's stock `naive` reward manager (AVAR §3.3, arXiv:2603.03825).
 
     score = acc + lambda_v · visual + lambda_f · format        visual = 0 where the answer is wrong
 
@@ -30,10 +30,7 @@ MISSING = (
     "(actor_rollout_ref.rollout.engine_kwargs.vllm.kv_transfer_config from verl_avar.rollout.kv_transfer_config(), "
     'plugin checked by `avar doctor`), or set on_missing="zero" to train without the visual term'
 )
-NO_SYSTEM = (
-    "the visual attention score has no '{key}' because the prompt has no system turn to compare with: add a system "
-    'turn to every prompt, or set on_missing="zero"'
-)
+NO_VALUE = "the visual attention score has no '{key}' ({reason}): mend that, or set on_missing=\"zero\""
 
 
 def compute_score(
@@ -66,8 +63,8 @@ def compute_score(
     Returns:
         The same keys for every response (verl needs that to log them): `score`, what is trained on; `acc` and `format`,
         0 or 1; `visual`, the term that counted, before lambda_v; `visual_raw`, the same before the gate;
-        `visual_missing`, 1 where `on_missing="zero"` stood in; `visual_mass`, `system_mass`, in [0, 1]; `pred`, the
-        answer that was read, for verl's majority vote.
+        `visual_ratio`, the response's VAS whatever the term; `visual_missing`, 1 where `on_missing="zero"` stood in;
+        `visual_mass`, `system_mass`, in [0, 1]; `pred`, the answer that was read, for verl's majority vote.
 
     Raises:
         ValueError: no visual score came and `on_missing="error"`, or an argument has an unknown value.
@@ -95,6 +92,7 @@ def compute_score(
         "format": well_formed,
         "visual": counted,
         "visual_raw": raw,
+        "visual_ratio": float((attention or {}).get("ratio") or 0.0),
         "visual_missing": missing,
         "visual_mass": float((attention or {}).get("visual_mass") or 0.0),
         "system_mass": float((attention or {}).get("system_mass") or 0.0),
@@ -111,7 +109,7 @@ def visual_term(attention: dict | None, visual: str, visual_clip: float) -> floa
     key = "share" if visual == "share" else "ratio"
     value = attention.get(key)
     if value is None:
-        return NO_SYSTEM.format(key=key)
+        return NO_VALUE.format(key=key, reason=attention.get("reason", "the prompt has no system turn"))
     if not math.isfinite(value):
         raise ValueError(f"the visual attention score's '{key}' is {value}: the rollout's attention is broken")
     return min(float(value), visual_clip) if visual == "clip" else float(value)
@@ -160,9 +158,9 @@ def _plain(text: str) -> str:
 def _number(text: str) -> tuple[float, str] | None:
     """A plain number and its unit, "1,234.5 cm" -> (1234.5, "cm"); None for anything else."""
     match = re.fullmatch(
-        r"([-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?)\s*(\\?%|°|[A-Za-z]{1,10})?", text
+        r"([-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?)\s*(\\?%|°|[A-Za-z]{1,10})?", text
     )
-    if not match or not any(character.isdigit() for character in match[1]):
+    if not match:
         return None
     return float(match[1].replace(",", "")), (match[2] or "").lstrip("\\").casefold()
 

@@ -1,4 +1,4 @@
-"""AGTO: the attention-guided training objective (AVAR §3.2, arXiv:2603.03825; METHOD §4).
+"""AGTO: the attention-guided training objective (AVAR §3.2, arXiv:2603.03825).
 
     L_total    = L_LM + α·L_enhance + β·L_suppress
     L_enhance  = −mean over layers and heads of log( mean over queries of m_VISUAL / |K_img| + ε )

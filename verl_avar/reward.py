@@ -1,4 +1,4 @@
-"""VARS: visual-anchored reward shaping (AVAR §3.3, arXiv:2603.03825; METHOD §5).
+"""VARS: visual-anchored reward shaping (AVAR §3.3, arXiv:2603.03825).
 
     r_visual = mean over response queries t, mean over layers l of a_VISUAL[l, t] / (a_SYSTEM[l, t] + ε)
     a_R[l, t] = mean over heads of the mass of role R
@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from verl_avar.roles import query_mask
+from verl_avar.roles import Role, query_mask
 
 EPS = 1e-6
 
@@ -25,7 +25,7 @@ class VisualScore:
     ratio and share are None where the sequence has no system turn (the ratio would measure ε alone).
     """
 
-    ratio: float | None  # METHOD §5, ungated
+    ratio: float | None  # AVAR §3.3, ungated
     share: float | None  # mean of v / (v + s), bounded by 1
     visual_mass: float  # mean over layers, heads and response queries
     system_mass: float
@@ -69,5 +69,5 @@ def visual_scores(
     """The score of each row of a batch: masses [L, B, H, T] and roles uint8 [B, T]."""
     scores = token_scores(visual, system, eps)
     queries = query_mask(roles, "response")
-    has_system = (roles == 1).any(dim=-1)
+    has_system = (roles == Role.SYSTEM).any(dim=-1)
     return [summarise(scores[:, b, queries[b]], bool(has_system[b]), tokens) for b in range(roles.shape[0])]

@@ -1,4 +1,4 @@
-"""Token roles: who is who in a batch (METHOD notation; AVAR §2, arXiv:2603.03825).
+"""Token roles: who is who in a batch (AVAR §2, arXiv:2603.03825).
 
 Roles come from the token ids of the chat template and of the model's visual placeholders. Decoded text is only ever
 used to word an error.
@@ -157,7 +157,7 @@ def _turn_header(ids: np.ndarray, start: int, chat: ChatTokens) -> tuple[str, in
 
 
 def query_mask(roles: torch.Tensor, scope: str) -> torch.Tensor:
-    """The queries U of a scope (METHOD §1, §5). roles: uint8 [B, T]. Returns bool [B, T].
+    """The queries U of a scope (AVAR §2.2, §3.3). roles: uint8 [B, T]. Returns bool [B, T].
 
     `user`: the user's tokens after the first image of the sequence. `response`: the queries that produce the response
     tokens, one position before each, so that they align one to one with log-probs (positions P-1 … P+n-2 for a prompt

@@ -1,4 +1,4 @@
-"""Visual Attention Score (AVAR §2.2, arXiv:2603.03825; METHOD §1): the diagnostic.
+"""Visual Attention Score (AVAR §2.2, arXiv:2603.03825): the diagnostic.
 
     VAS_i(l, h) = m_VISUAL[l, h, i] / m_SYSTEM[l, h, i];  VAS = mean over layers, heads and queries i of the scope
 
@@ -24,7 +24,7 @@ def vas_class(vas: float) -> str:
 
 @dataclass
 class Vas:
-    """VAS of one scope, accumulated over samples; every sample counts by its queries (METHOD §1).
+    """VAS of one scope, accumulated over samples; every sample counts by its queries (AVAR §2.2).
 
     Samples without an image, a system turn or queries of the scope are skipped and counted.
     """

@@ -96,7 +96,7 @@ def loss_gradients(model, inputs, roles):
         hidden = model(**inputs).last_hidden_state
         mass = record.mass(Role.VISUAL)
         (hidden.square().mean() + mass[..., 5:].log1p().sum()).backward()
-        assert record.mass(Role.VISUAL) is not None and len(record.layers) == 3
+        assert record.mass(Role.VISUAL) is not mass and record.mass(Role.VISUAL).equal(mass)  # the first call's masses
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
@@ -183,8 +183,17 @@ def test_a_model_without_our_attention_is_an_error(model, batch):
         hf.set_attention(model, "sdpa")
 
 
+def test_a_layer_that_does_not_exist_is_an_error(model, batch):
+    inputs, roles = batch
+    hf.set_attention(model, "avar_sdpa")
+    with hf.probe(roles, layers=[0, 99]) as record:
+        model(**inputs)
+    with pytest.raises(RuntimeError, match=r"no mass from layers \[99\]"):
+        record.mass(Role.VISUAL)
+
+
 def test_a_probe_closes_when_the_pass_fails(batch):
     _, roles = batch
-    with pytest.raises(ZeroDivisionError), hf.probe(roles):
+    with pytest.raises(ZeroDivisionError), hf.probe(roles), hf.role_bias(roles, visual=1.0):
         raise ZeroDivisionError
     assert hf._records == [] and hf._biases == []

@@ -92,13 +92,14 @@ def test_all_roles_together_have_mass_one():
     torch.testing.assert_close(role_mass(query, key, roles, of=list(Role)).sum(-1), torch.ones(2, 4, 33))
 
 
-def test_peak_memory_grows_linearly():
-    """No tensor that autograd keeps is of size T×T."""
-    query, key, roles = random_qkr(1, 2, 2, t=1024)
+@pytest.mark.parametrize("queries", [None, (768, 1024)])
+def test_nothing_of_the_size_of_the_map_is_kept(queries):
+    """Of H × T × T weights autograd keeps none; of a restricted range at most its causal mask, shared by the heads."""
+    query, key, roles = random_qkr(1, 4, 2, t=1024)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
-        role_mass(query, key, roles)
-    assert max(kept) < 1024 * 1024 / 8
+        role_mass(query, key, roles, queries=queries)
+    assert max(kept) <= (1024 * 1024 / 8 if queries is None else 256 * 1024)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +135,7 @@ def test_bias_through_values_equals_bias_on_logits(visual, system):
 
 def test_the_papers_alphas_are_logit_biases():
     assert bias_of(0.15, 0.40) == pytest.approx((0.13976, -0.51083), abs=1e-5)
-    # Multiplying post-softmax weights by 1+α and renormalising is the definition (METHOD §2).
+    # Multiplying post-softmax weights by 1+α and renormalising is the definition (AVAR §2.3).
     weights = torch.tensor([0.2, 0.3, 0.5])
     boosted = weights * torch.tensor([1.15, 0.6, 1.0])
     logits = weights.log() + torch.tensor([*bias_of(0.15, 0.40), 0.0])
@@ -145,6 +146,13 @@ def test_the_papers_alphas_are_logit_biases():
 def test_senseless_biases_are_refused(beta):
     with pytest.raises(ValueError, match="finite"):
         key_factors(torch.zeros(1, 3, dtype=torch.uint8), visual=beta)
+
+
+def test_a_bias_beyond_half_precision_is_refused():
+    _, key, roles = random_qkr(dtype=torch.float16)
+    factors = key_factors(roles, visual=12.0)
+    with pytest.raises(ValueError, match=r"too large for torch\.float16"):
+        biased(lambda v: v, key, factors)
 
 
 def test_mass_under_a_bias_needs_the_biased_roles():

@@ -111,8 +111,21 @@ def test_an_evaluation_has_every_figure(folder, rows):
     for scope in ("user", "response"):
         assert set(results["vas"][scope]) == {"paper", "head_mean", "median"}
     assert 0 < results["mass"]["visual"] < 1
-    # Both are means over queries of the head-averaged ratio, one over all queries, one over responses.
-    assert results["vars_ratio"] == pytest.approx(results["vas"]["response"]["head_mean"], rel=0.2)
+
+
+def test_the_control_answers_the_same_questions_with_the_shuffled_images(folder, rows, monkeypatch):
+    seen = []
+
+    def record(checkpoint, prompts, images, max_new_tokens):
+        seen.append((prompts, images))
+        return answer(checkpoint, prompts, images, max_new_tokens)
+
+    monkeypatch.setattr("verl_avar.evaluation.evaluate.answer", record)
+    evaluate(folder, rows, lambda row, text: 0.0, max_new_tokens=2, seed=4)
+    (prompts, own), (same_prompts, others) = seen
+    assert all(a is b for a, b in zip(own, rows["images"], strict=True))
+    assert all(a is b for a, b in zip(others, shuffled_images(rows, 4), strict=True))
+    assert [p[1]["content"] for p in prompts] == [p[1]["content"] for p in same_prompts]
 
 
 def test_no_row_keeps_its_own_image_in_the_shuffled_control(rows):

@@ -1,4 +1,4 @@
-"""AGTO against the formula of METHOD §4 written out by loops, and by hand."""
+"""AGTO against the formula of AVAR §3.2 written out by loops, and by hand."""
 
 import math
 

@@ -63,6 +63,8 @@ def run_recipe(*arguments) -> subprocess.CompletedProcess:
         (["data.sft=nowhere.parquet"], "no data file"),
         (["rl.overrides=[trainer.no_such_key=1]"], "no_such_key"),
         (["--stages", "dance"], "unknown stage 'dance'"),
+        (["--stages", "rl"], "stage 'rl' needs 'data'"),
+        (["--stages", "report"], "stage 'report' needs 'data'"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, arguments, message):
@@ -112,6 +114,9 @@ def test_data_stage_runs_once_and_refuses_other_settings(tmp_path):
     assert (out / "data" / "sft.parquet").stat().st_mtime_ns == made
     other = run_recipe("--out", out, "--stages", "data", "data.sft_rows=9")
     assert other.returncode == run.EXIT_BAD_INPUT and "settings of stage 'data' differ" in other.stderr
+    # Also where the stage that differs is not among those asked for.
+    later = run_recipe("--out", out, "--stages", "coldstart", "data.sft_rows=9")
+    assert later.returncode == run.EXIT_BAD_INPUT and "settings of stage 'data' differ" in later.stderr
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
@@ -150,6 +155,12 @@ def test_a_failing_trainer_is_told_by_its_own_error_line(tmp_path):
     with pytest.raises(
         StageFailed, match=r"sft: ValueError: the batch is too small \(exit 1; all of it in .*log.txt\)"
     ):
+        trainer(tmp_path / "sft", code)
+
+
+def test_a_trainers_own_error_line_comes_before_what_it_logged(tmp_path):
+    code = "import sys; print('ValueError: noise of a worker'); print('error: no data file x.parquet'); sys.exit(2)"
+    with pytest.raises(StageFailed, match=r"sft: no data file x.parquet \(exit 2"):
         trainer(tmp_path / "sft", code)
 
 

@@ -39,7 +39,7 @@ def make_results() -> dict:
         ],
         "rl": [
             {"step": n, "reward": 1 + n / 50, "acc": 0.6 + n / 100, "format": 0.97, "visual": 0.4 + n / 60,
-             "visual_raw": 0.6 + n / 60, "visual_mass": 0.4, "system_mass": 0.07}
+             "visual_ratio": 0.6 + n / 60, "visual_mass": 0.4, "system_mass": 0.07}
             for n in range(1, 21)
         ],
         "notes": ["Trained on <made-up> scenes."],

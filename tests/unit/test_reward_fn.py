@@ -118,6 +118,9 @@ def test_unfinished_response_is_wrong_and_keeps_every_key():
         ("top  left", "top left", True),
         ("red.", "red", True),
         ("redder", "red", False),
+        ("e5", "7", False),  # an exponent is no number
+        ("E10", "red", False),
+        ("5.", "5", True),
         ("", "red", False),
         ("row 2, column 3", "row 1, column 3", False),  # math-verify alone would read 3 = 3
         ("B", "B", True),
@@ -182,6 +185,12 @@ def test_prompt_without_a_system_turn_is_named():
     with pytest.raises(ValueError, match="system turn"):
         score(response("red"), attention=ATTENTION | {"ratio": None})
     assert score(response("red"), attention=ATTENTION | {"ratio": None}, on_missing="zero")["visual"] == 0.0
+
+
+def test_the_rollouts_own_reason_is_told():
+    attention = ATTENTION | {"ratio": None, "reason": "aborted while it had no place in the KV cache"}
+    with pytest.raises(ValueError, match="no place in the KV cache"):
+        score(response("red"), attention=attention)
 
 
 def test_empty_response_has_no_visual_term():

@@ -25,7 +25,7 @@ def test_row_without_image_is_counted(tmp_path):
     path = parquet(tmp_path / "a.parquet", [[{"bytes": b"png"}], [], None])
     with pytest.raises(ConfigError, match=r"2 of 3 rows have no image"):
         check_files(path, ["messages", "images"])
-    check_files(path, ["messages", "images"], rows_with_images=False)
+    check_files(path, ["messages", "images"], images=None)
 
 
 def test_missing_column_lists_what_is_there(tmp_path):

@@ -1,4 +1,4 @@
-"""The training-free intervention: a bias on the logits of a role (AVAR §2.3, arXiv:2603.03825; METHOD §2).
+"""The training-free intervention: a bias on the logits of a role (AVAR §2.3, arXiv:2603.03825).
 
 Adding b to a key's logit multiplies its weight by c = exp(b) before normalisation. So biased attention is
 `softmax(QKᵀ)·(c∘V) / softmax(QKᵀ)·c`: the plain kernel on other values, exact, in O(T) memory, for any kernel.
@@ -41,9 +41,12 @@ def biased(attend: Callable[[torch.Tensor], torch.Tensor], value: torch.Tensor, 
 
     attend: values [B, H_kv, S, D] -> output with D last, the unbiased kernel. factors: [B, S], from `key_factors`.
     """
-    weighted = value * factors[:, None, :, None].to(value.dtype)
+    scaled = factors[:, None, :, None].to(value.dtype)
+    if not (torch.isfinite(scaled) & (scaled > 0)).all():
+        raise ValueError(f"bias: too large for {value.dtype}; use a smaller one, or bfloat16 or float32")
+    weighted = value * scaled
     # The same kernel wants the same head size, so the normaliser travels in the first of D columns.
-    column = F.pad(factors[:, None, :, None].to(value.dtype), (0, value.shape[-1] - 1))
+    column = F.pad(scaled, (0, value.shape[-1] - 1))
     normaliser = attend(column.expand(-1, value.shape[1], -1, -1))[..., :1]
     # Zero only for a query that sees no key: its output is 0, as the unbiased kernel's is.
     return attend(weighted) / normaliser.masked_fill(normaliser == 0, 1)
@@ -52,7 +55,8 @@ def biased(attend: Callable[[torch.Tensor], torch.Tensor], value: torch.Tensor, 
 def biased_mass(mass: torch.Tensor, of: Sequence[Role], visual: float = 0.0, system: float = 0.0) -> torch.Tensor:
     """Masses under a bias from the unbiased ones: [..., R] with the roles `of`, VISUAL and SYSTEM among them.
 
-    `m'_R = c_R m_R / (1 + Σ_R' (c_R' − 1) m_R')`: no further attention call.
+    `m'_R = c_R m_R / (1 + Σ_R' (c_R' − 1) m_R')`: no further attention call. Masses that a kernel rounded to half
+    precision lose digits where c is far below 1 and the role has nearly all of the mass.
     """
     if visual == system == 0.0:
         return mass

@@ -46,13 +46,15 @@ class Record:
     def mass(self, role: Role) -> torch.Tensor:
         """Mass of `role`: float32 [L, B, H, T], layers as in `layers`; 0 at queries that were not asked for.
 
-        Raises RuntimeError where no layer reported.
+        Raises RuntimeError where no layer, or not every layer asked for, reported.
         """
         if not self._mass:
             raise RuntimeError(
                 "probe: no attention layer reported a mass; load the model with one of "
                 f"{', '.join(IMPLEMENTATIONS)} (verl_avar.attention.hf.set_attention), and check the layers asked for"
             )
+        if missing := sorted((self.only_layers or frozenset()) - self._mass.keys()):
+            raise RuntimeError(f"probe: no mass from layers {missing}; the model has {self.layers} of those asked for")
         column = self.of.index(role)
         return torch.stack([self._mass[layer][..., column] for layer in self.layers])
 
@@ -88,8 +90,8 @@ def probe(
 
     roles: uint8 [B, T] as the model sees the tokens (padded, or packed into one row). queries: bool [B, T], the
     queries wanted, all by default. layers: indices wanted, all by default; the others pay nothing. of: roles wanted.
-    Under gradient checkpointing keep it open until the backward pass is done: the recomputation must run the same
-    operations. Its calls are not recorded a second time.
+    Under gradient checkpointing (non-reentrant only) keep it open until the backward pass is done: the recomputation
+    must run the same operations. Its calls are not recorded a second time.
     """
     record = Record(roles, queries, None if layers is None else frozenset(layers), tuple(of))
     _records.append(record)
@@ -103,7 +105,7 @@ def probe(
 def role_bias(
     roles: torch.Tensor, visual: float = 0.0, system: float = 0.0, layers: Sequence[int] | None = None
 ) -> Iterator[None]:
-    """Adds a bias to the logits of visual and system keys in every text layer while open (METHOD §2).
+    """Adds a bias to the logits of visual and system keys in every text layer while open (AVAR §2.3).
 
     roles: uint8 [B, T] of the prompt or the whole sequence; in `generate`, later tokens are unbiased keys. All queries
     are biased. Raises ValueError for a bias that is not finite or beyond `bias.MAX_BIAS`.

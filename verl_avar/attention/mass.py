@@ -75,9 +75,12 @@ def role_mass(
 
 
 def _attend(query, key, value, mask=None, causal=False, scale=None) -> torch.Tensor:
-    return F.scaled_dot_product_attention(
-        query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-    )
+    groups = query.shape[1] // key.shape[1]
+    if mask is not None and groups > 1:
+        # With a mask and grouped queries CUDA would fall back to the kernel that keeps the whole map.
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    grouped = mask is None and groups > 1
+    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
 
 
 def _attend_range(query, key, value, queries, scale, causal) -> torch.Tensor:

@@ -27,6 +27,8 @@ def apply() -> bool:
     extension loads).
     """
     global _fragment
+    # Looking torchvision up, below, would call this function again.
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _BeforeTorchvision)]
     if _fragment is not None:
         return True
     import torch
@@ -54,9 +56,11 @@ def _extension() -> Path | None:
 class _BeforeTorchvision(MetaPathFinder):
     """Runs `apply` when torchvision is about to be imported, and finds nothing itself."""
 
+    asked = False
+
     def find_spec(self, name, path=None, target=None):
-        if name == "torchvision":
-            sys.meta_path.remove(self)
+        if name == "torchvision" and not self.asked:
+            self.asked = True
             apply()
         return None
 

@@ -13,7 +13,6 @@ import torch
 
 from verl_avar.evaluation.answer import Answers, answer, answer_masses
 from verl_avar.evaluation.checkpoint import load_checkpoint
-from verl_avar.reward import visual_scores
 from verl_avar.roles import Role
 from verl_avar.vas import Vas
 
@@ -34,19 +33,17 @@ def evaluate(
     """Evaluates a checkpoint folder on rows in verl's RL format, with `extra_info["task"]`.
 
     Returns {"accuracy", "shuffled": {"all", task: …}, "vas": {"user", "response"}, "mass": {"visual", "system"} over
-    response queries, "vars": mean VARS score, "format"-free "responses": list of texts, "seconds"}.
+    response queries, "responses": list of texts, "seconds"}.
     """
     start = time.monotonic()
     checkpoint = load_checkpoint(path)
     vas = {scope: Vas(scope) for scope in ("user", "response")}
-    ratios: list[float] = []
 
     def look(answers: Answers) -> None:
         record = answer_masses(checkpoint, answers)
         visual, system = record.mass(Role.VISUAL), record.mass(Role.SYSTEM)
         for scope in vas.values():
             scope.add(visual, system, answers.roles)
-        ratios.extend(s.ratio for s in visual_scores(visual, system, answers.roles) if s.ratio is not None)
 
     options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": progress}
     responses = _answers(checkpoint, rows, list(rows["images"]), look, label="images", **options)
@@ -57,7 +54,6 @@ def evaluate(
         "shuffled": _by_task(rows, blind, score),
         "vas": {scope: {k: s[k] for k in ("paper", "head_mean", "median")} for scope, s in summaries.items()},
         "mass": summaries["response"]["mass"],
-        "vars_ratio": float(np.mean(ratios)),
         "responses": responses,
         "seconds": time.monotonic() - start,
     }

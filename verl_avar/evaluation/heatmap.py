@@ -10,7 +10,7 @@ import torch
 
 from verl_avar.attention.hf import set_attention
 from verl_avar.evaluation.answer import Answers, answer
-from verl_avar.evaluation.checkpoint import Checkpoint, open_images
+from verl_avar.evaluation.checkpoint import IMAGE_PLACEHOLDER, Checkpoint, open_images
 from verl_avar.report import HeatmapSample
 from verl_avar.roles import Role, query_mask
 
@@ -28,7 +28,7 @@ def heatmap_sample(checkpoint: Checkpoint, row: pd.Series, max_new_tokens: int, 
     for sentence in sentences([checkpoint.tokenizer.decode([i]) for i in written.tolist()][: len(cells)]):
         steps.append(("".join(sentence), cells[position : position + len(sentence)].mean(axis=0)))
         position += len(sentence)
-    question = row["prompt"][-1]["content"].replace("<image>", "").strip()
+    question = row["prompt"][-1]["content"].replace(IMAGE_PLACEHOLDER, "").strip()
     truth = row["reward_model"]["ground_truth"]
     return HeatmapSample(images[0], question, steps, stage=stage, truth=str(truth))
 

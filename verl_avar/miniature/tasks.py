@@ -1,7 +1,7 @@
 """Verifiable tasks on the miniature's pictures, and the texts that go with them.
 
 Each sample has a question, an answer that follows from the content of the picture, and a chain in the shape that VARD
-gives its data (METHOD: AVAR §4.1, arXiv:2603.03825): describe what is there, then look at the image again for what the
+gives its data (AVAR §4.1, arXiv:2603.03825): describe what is there, then look at the image again for what the
 question asks. The description names the shape first, then the colour, then the cell.
 """
 

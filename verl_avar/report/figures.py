@@ -111,7 +111,7 @@ def rl(results: dict) -> Figure | None:
             "reward and its visual term",
             [("reward", "reward", BLACK, "-"), ("visual", "visual (counted)", ORANGE, "--")],
         ),
-        ("VAS of the rollouts", [("visual_raw", "visual term, right and wrong answers", ORANGE, "-")]),
+        ("VAS of the rollouts", [("visual_ratio", "image over system turn, right and wrong answers", ORANGE, "-")]),
         ("attention mass", [("visual_mass", "image", BLUE, "-"), ("system_mass", "system turn", ORANGE, "--")]),
     ]
     panels = [

@@ -10,7 +10,7 @@ Figures that were not measured are left out, or None:
             vas       {"user" | "response": {"paper", "head_mean", "median"}}  (AVAR §VAS)
             mass      {"visual": 0..1, "system": 0..1}  means over layers, heads and response queries
             seconds   wall clock of the stage
-    rl      list, a GRPO step each, of step, reward, acc, format, visual, and (optional) visual_raw, visual_mass,
+    rl      list, a GRPO step each, of step, reward, acc, format, visual, and (optional) visual_ratio, visual_mass,
             system_mass: means over the step's rollouts, named as reward_fns/avar.py names them
     notes   list of lines for the reader (optional)
     config  {name: value} of the run (optional)

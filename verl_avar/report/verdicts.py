@@ -73,15 +73,15 @@ def _attention(cause: str, before: dict, after: dict) -> list[str]:
             f"; visual mass {100 * visual_before:.1f} % to {100 * visual_after:.1f} %, "
             f"system mass {100 * system_before:.1f} % to {100 * system_after:.1f} %"
         )
-        if by_suppressing > by_looking:
+        if by_suppressing > max(by_looking, 0):
             line += ", so mostly by attending less to the system prompt"
-        else:
+        elif by_looking > 0:
             line += ", so mostly by attending more to the image"
     return [line + "."]
 
 
 def _reward(rl: list[dict]) -> list[str]:
-    parts = []
+    parts, width = [], 1
     for name, words in (("reward", "reward"), ("acc", "accuracy"), ("visual", "visual term")):
         values = [value for row in rl if (value := number(row, name)) is not None]
         if len(values) >= 2:
@@ -90,7 +90,10 @@ def _reward(rl: list[dict]) -> list[str]:
             parts.append(f"{words} {digits(first)} to {digits(last)}")
     if not parts:
         return []
-    return [f"GRPO ran {len(rl)} steps on its training rollouts ({WINDOW}-step means): {', '.join(parts)}."]
+    return [
+        f"GRPO ran {len(rl)} steps; on its training rollouts (means of the first and the last {width} steps) "
+        f"{', '.join(parts)}."
+    ]
 
 
 def _exploded(stages: list[dict]) -> list[str]:

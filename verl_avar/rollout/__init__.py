@@ -1,4 +1,6 @@
-"""Rollouts on vLLM with a visual-attention score per response and an attention bias per request (METHOD §2, §5).
+"""Rollouts on vLLM with a visual-attention score per response and an attention bias per request.
+
+AVAR §2.3 and §3.3, arXiv:2603.03825.
 
 Light: imports neither torch nor vLLM. `plugin.register` runs in every vLLM process; an engine that asks for the
 connector (`kv_transfer_config`) gets our attention backend, every other engine stays stock.

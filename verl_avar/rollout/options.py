@@ -14,7 +14,7 @@ SCORE_FORMS = ("summary", "tokens")
 @dataclass(frozen=True)
 class RequestOptions:
     """visual_bias, system_bias: added to the attention logits of that role's keys, every layer, head and query of the
-    request (β of METHOD §2; log(1+α_img), log(1−α_sys)). attention_scores: "summary", or "tokens" to add the list of
+    request (β of AVAR §2.3; log(1+α_img), log(1−α_sys)). attention_scores: "summary", or "tokens" to add the list of
     per-token ratios. Raises ValueError for a value out of range."""
 
     visual_bias: float = 0.0

@@ -1,4 +1,4 @@
-"""Attention over a paged KV cache that adds the role bias and returns the role masses (METHOD §1, §2), in torch.
+"""Attention over a paged KV cache that adds the role bias and returns the role masses (AVAR §2), in torch.
 
 The masses come out of the same softmax as the output: `m_R = softmax(QKᵀ·scale + bias)·1_R`.
 """

@@ -11,12 +11,15 @@ import mmap
 import os
 import re
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 COLUMNS = 4
-_PREFIX = "avar-scores-"
+_PREFIX, _NEW_PREFIX = "avar-scores-", "avar-new-"
+_NEW_S = 60.0  # a file that has no engine's name after this long was left by a writer that was killed
 _ITEM = np.dtype(np.float32)
 
 
@@ -49,7 +52,7 @@ class SharedScores:
         _remove_abandoned()
         path = _path(engine_id)
         size = slots * COLUMNS * _ITEM.itemsize
-        fd, unnamed = tempfile.mkstemp(dir=path.parent)
+        fd, unnamed = tempfile.mkstemp(dir=path.parent, prefix=_NEW_PREFIX)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.posix_fallocate(fd, 0, size)  # a sparse file would end in SIGBUS when the folder fills up
@@ -84,6 +87,10 @@ class SharedScores:
 
 
 def _remove_abandoned() -> None:
+    for path in shared_folder().glob(_NEW_PREFIX + "*"):
+        with suppress(FileNotFoundError, PermissionError):
+            if time.time() - path.stat().st_mtime > _NEW_S:
+                path.unlink()
     for path in shared_folder().glob(_PREFIX + "*"):
         try:
             fd = os.open(path, os.O_RDWR)

@@ -32,21 +32,25 @@ def check_model(path: str) -> None:
 
 def check_roles(files: str | Sequence[str], column: str) -> None:
     """Raises ConfigError for a message whose role no chat template knows. column: lists of {role, content}."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     for path in [files] if isinstance(files, str) else files:
         rows = pq.read_table(Path(str(path)).expanduser(), columns=[column]).column(column)
-        roles = set(rows.combine_chunks().flatten().field("role").unique().to_pylist())
+        try:
+            roles = set(rows.combine_chunks().flatten().field("role").unique().to_pylist())
+        except (AttributeError, KeyError, pa.ArrowException) as error:
+            raise ConfigError(f"{path}: {column} is not a list of {{role, content}}") from error
         if unknown := sorted(map(str, roles - KNOWN_ROLES)):
             raise ConfigError(
                 f"{path}: {column} has the role {', '.join(unknown)}; the roles are {', '.join(sorted(KNOWN_ROLES))}"
             )
 
 
-def check_files(files: str | Sequence[str] | None, columns: Sequence[str], rows_with_images: bool = True) -> None:
+def check_files(files: str | Sequence[str] | None, columns: Sequence[str], images: str | None = "images") -> None:
     """Raises ConfigError for a parquet file that is missing, unreadable or empty, or lacks columns or images.
 
-    columns: names that must be there. rows_with_images: whether every row must carry at least one image.
+    columns: names that must be there. images: the column in which every row must have at least one; None: no such rule.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -68,7 +72,12 @@ def check_files(files: str | Sequence[str] | None, columns: Sequence[str], rows_
             )
         if parquet.metadata.num_rows == 0:
             raise ConfigError(f"{path} has no rows")
-        if rows_with_images and "images" in columns:
-            images = parquet.read(["images"]).column("images")
-            if bare := pc.sum(pc.less(pc.fill_null(pc.list_value_length(images), 0), 1)).as_py():
-                raise ConfigError(f"{path}: {bare} of {len(images)} rows have no image; visual attention needs one")
+        if images is not None:
+            # In batches: the images of a whole file need not fit into memory.
+            bare = sum(
+                pc.sum(pc.less(pc.fill_null(pc.list_value_length(batch.column(0)), 0), 1)).as_py()
+                for batch in parquet.iter_batches(batch_size=256, columns=[images])
+            )
+            if bare:
+                total = parquet.metadata.num_rows
+                raise ConfigError(f"{path}: {bare} of {total} rows have no image; visual attention needs one")

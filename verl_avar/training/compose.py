@@ -40,7 +40,7 @@ def compose(name: str, overrides: list[str]) -> DictConfig:
         raise ConfigError(f"no config {name}; use one of {known}, or the path of a yaml")
     try:
         with initialize_config_dir(str(folder), version_base=None):
-            return hydra_compose(stem, [f"hydra.searchpath=[file://{verl_configs()}]", *overrides])
+            return hydra_compose(stem, [f"hydra.searchpath=['file://{verl_configs()}','file://{CONFIGS}']", *overrides])
     except (HydraException, OmegaConfBaseException) as error:
         cause = error.__cause__ or error
         raise ConfigError(f"{stem}: {' '.join(str(cause).split())}") from error

@@ -23,7 +23,7 @@ PASSES = ("always", "infer", "train", "objective")
 
 @dataclass(frozen=True)
 class AvarConfig:
-    """Settings of AGTO (AVAR §3.2, METHOD §4) and of what the engine measures. Raises ValueError for a bad one."""
+    """Settings of AGTO (AVAR §3.2) and of what the engine measures. Raises ValueError for a bad one."""
 
     alpha: float = 0.0  # weight of L_enhance; the paper's cold-start: 0.15
     beta: float = 0.0  # weight of L_suppress; the paper's cold-start: 0.15

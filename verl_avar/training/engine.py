@@ -1,4 +1,4 @@
-"""verl's FSDP engine with attention masses in its output and AGTO in its loss (METHOD §4).
+"""verl's FSDP engine with attention masses in its output and AGTO in its loss (AVAR §3.2).
 
 `VERL_ENGINE_VENDOR=avar` selects it; settings come from the config block `avar` (`training/config.py`). Roles are
 found once per batch, masses come from `attention.hf.probe` around the model's forward pass, and the objective is added

@@ -33,17 +33,24 @@ def prepare(cpu: bool) -> None:
         os.environ["VERL_PLATFORM"] = "cpu"
 
 
-def single_process_group(port: int | None = None) -> None:
+def single_process_group() -> None:
     """The variables torchrun would set, for a run of one process; nothing where torchrun set them.
 
-    port: where the process group meets, on the loopback; a free one by default.
+    The group meets on the loopback, at MASTER_PORT where that is set, or at a free port.
     Raises RuntimeError for a port in use.
     """
     if "RANK" in os.environ:
         return
-    os.environ.update(
-        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port(port))
-    )
+    port = free_port(fixed_port())
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def fixed_port() -> int | None:
+    """The port that the user fixed by MASTER_PORT, if any. Raises RuntimeError for one that is no port."""
+    text = os.environ.get("MASTER_PORT")
+    if text is not None and not (text.isdigit() and 0 < int(text) < 65536):
+        raise RuntimeError(f"MASTER_PORT is {text!r}, which is no port")
+    return None if text is None else int(text)
 
 
 def free_port(port: int | None = None) -> int:
@@ -53,6 +60,6 @@ def free_port(port: int | None = None) -> int:
             probe.bind(("127.0.0.1", port or 0))
         except OSError:
             raise RuntimeError(
-                f"port {port} is in use on this machine; choose another one or leave it out for a free one"
+                f"MASTER_PORT: port {port} is in use on this machine; choose another one, or unset it for a free one"
             ) from None
         return probe.getsockname()[1]

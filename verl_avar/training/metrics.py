@@ -39,5 +39,5 @@ def read_steps(file: Path | str) -> list[dict[str, float]]:
 
 
 def _earlier(file: Path) -> list[Path]:
-    found = file.parent.glob(f"{file.stem}.*.jsonl")
-    return sorted(found, key=lambda path: int(path.suffixes[0][1:]))
+    numbered = [path for path in file.parent.glob(f"{file.stem}.*.jsonl") if path.suffixes[-2][1:].isdigit()]
+    return sorted(numbered, key=lambda path: int(path.suffixes[-2][1:]))

@@ -1,4 +1,4 @@
-"""GRPO with visual-anchored rewards (METHOD §5) through verl's V1 trainer, `verl.trainer.main_ppo`.
+"""GRPO with visual-anchored rewards (AVAR §3.3) through verl's V1 trainer, `verl.trainer.main_ppo`.
 
 python -m verl_avar.training.rl [--config-name rl_cpu] key=value …      settings: training/config/rl.yaml
 
@@ -22,7 +22,7 @@ from verl_avar.training.watchdog import watch
 
 
 def run(config: DictConfig) -> None:
-    """Trains until `trainer.total_training_steps`, on the cluster of RAY_ADDRESS or a local one that ends with the run.
+    """Trains until `trainer.total_training_steps`, on a local Ray cluster that ends with the run.
 
     Raises ConfigError for a mistake in the settings or the data. A run that hangs ends the process (`watchdog.py`).
     """
@@ -48,10 +48,10 @@ def check(config: DictConfig) -> None:
     check_objective(config.actor_rollout_ref.actor.fsdp_config.get("avar"))
     check_model(config.actor_rollout_ref.model.path)
     columns = [config.data.prompt_key, "data_source", "reward_model", config.data.image_key]
-    check_files(config.data.train_files, columns)
+    check_files(config.data.train_files, columns, config.data.image_key)
     check_roles(config.data.train_files, config.data.prompt_key)
     if config.trainer.test_freq > 0 or config.trainer.val_before_train:
-        check_files(config.data.val_files, columns)
+        check_files(config.data.val_files, columns, config.data.image_key)
     config.reward.custom_reward_function.path = str(find_reward(config.reward.custom_reward_function.path))
 
     from verl.trainer.ppo.utils import need_critic, need_reference_policy

@@ -1,4 +1,4 @@
-"""Cold-start SFT (METHOD §4) through verl's SFT trainer, in one process, under torchrun or on Ray.
+"""Cold-start SFT (AVAR §3.2) through verl's SFT trainer, in one process, under torchrun or on Ray.
 
 python -m verl_avar.training.sft [--config-name sft_cpu] key=value …      settings: training/config/sft.yaml
 
@@ -31,7 +31,10 @@ def run(config: DictConfig) -> None:
 
 def run_here(config: DictConfig) -> None:
     """In this process, or in each of torchrun's."""
-    single_process_group()
+    try:
+        single_process_group()
+    except RuntimeError as error:  # the port that the user fixed
+        raise ConfigError(str(error)) from error
     from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 
     from verl_avar.training.sft_trainer import AvarSFTTrainer
@@ -44,7 +47,7 @@ def run_here(config: DictConfig) -> None:
 
 
 def run_on_ray(config: DictConfig) -> None:
-    """On the Ray cluster of RAY_ADDRESS, or a local one that ends with the run."""
+    """On a local Ray cluster that ends with the run."""
     import ray
 
     from verl_avar.training.sft_trainer import AvarRaySFTTrainer

@@ -7,6 +7,7 @@ that verl ends by force never unlink.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -14,7 +15,12 @@ SHARED_MEMORY = Path("/dev/shm")
 
 def remove_segments(since: float) -> None:
     """Removes this user's segments made after a time (seconds since the epoch) that no process maps. Linux only."""
-    mine = [f for f in SHARED_MEMORY.glob("psm_*") if f.stat().st_uid == os.getuid() and f.stat().st_mtime >= since]
+    mine = []
+    for segment in SHARED_MEMORY.glob("psm_*"):
+        with suppress(FileNotFoundError):  # its owner may unlink it meanwhile
+            facts = segment.stat()
+            if facts.st_uid == os.getuid() and facts.st_mtime >= since:
+                mine.append(segment)
     mapped = _mapped() if mine else ""
     for segment in mine:
         if segment.name not in mapped:

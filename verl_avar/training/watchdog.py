@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from verl_avar.training.processes import descendants, end_processes
+from verl_avar.training.shared_memory import remove_segments
 
 STALLED = 3  # exit status
 
@@ -61,6 +62,8 @@ def last_write(places: Sequence[Path | str]) -> float:
 
 def end_process(message: str) -> None:
     """Ends this process and all that it started (Ray, its workers, vLLM), with one line and status `STALLED`."""
-    end_processes(descendants(psutil.Process()))
+    this = psutil.Process()
+    end_processes(descendants(this))
+    remove_segments(since=this.create_time())
     print(f"error: {message}", file=sys.stderr, flush=True)
     os._exit(STALLED)  # the main thread can't be interrupted
