@@ -22,6 +22,32 @@ def vas_class(vas: float) -> str:
     return next(name for bound, name in CLASSES if vas < bound or bound == float("inf"))
 
 
+@dataclass(frozen=True)
+class SampleVas:
+    """One sample in one scope: means over its queries, by layer and head. Tensors are float64."""
+
+    queries: int
+    ratio: torch.Tensor  # [L, H], VAS of each head
+    visual: torch.Tensor  # [L, H], mass
+    system: torch.Tensor  # [L, H], mass
+    head_mean: torch.Tensor  # [L], heads averaged before the ratio
+    by_query: torch.Tensor  # [queries], head-averaged ratio, mean over layers
+
+
+def sample_vas(visual: torch.Tensor, system: torch.Tensor, eps: float = EPS) -> SampleVas:
+    """VAS of one sample from the masses of its queries [L, H, n], n > 0 (AVAR §2.2)."""
+    v, s = visual.detach().double(), system.detach().double()
+    head_mean = v.mean(1) / (s.mean(1) + eps)  # [L, n]
+    return SampleVas(
+        queries=v.shape[-1],
+        ratio=(v / (s + eps)).mean(-1),
+        visual=v.mean(-1),
+        system=s.mean(-1),
+        head_mean=head_mean.mean(-1),
+        by_query=head_mean.mean(0),
+    )
+
+
 @dataclass
 class Vas:
     """VAS of one scope, accumulated over samples; every sample counts by its queries (AVAR §2.2).
@@ -45,18 +71,20 @@ class Vas:
         asked = query_mask(roles, self.scope)
         for b in range(roles.shape[0]):
             has_roles = (roles[b] == Role.VISUAL).any() and (roles[b] == Role.SYSTEM).any()
-            if not (has_roles and asked[b].any()):
+            if has_roles and asked[b].any():
+                self.add_sample(sample_vas(visual[:, b, :, asked[b]], system[:, b, :, asked[b]], self.eps))
+            else:
                 self.skipped += 1
-                continue
-            v, s = visual[:, b, :, asked[b]].detach().double(), system[:, b, :, asked[b]].detach().double()
-            head_mean = v.mean(1) / (s.mean(1) + self.eps)  # [L, queries]
-            self._ratio += (v / (s + self.eps)).sum(-1)
-            self._visual += v.sum(-1)
-            self._system += s.sum(-1)
-            self._head_mean += head_mean.sum(-1)
-            self._ratios.append(head_mean.mean(0).float())
-            self.samples += 1
-            self.queries += int(asked[b].sum())
+
+    def add_sample(self, sample: SampleVas) -> None:
+        """Adds one sample."""
+        self._ratio += sample.ratio * sample.queries
+        self._visual += sample.visual * sample.queries
+        self._system += sample.system * sample.queries
+        self._head_mean += sample.head_mean * sample.queries
+        self._ratios.append(sample.by_query.float())
+        self.samples += 1
+        self.queries += sample.queries
 
     @property
     def by_head(self) -> torch.Tensor:
