@@ -10,7 +10,7 @@ from PIL import Image
 from rich.console import Console
 
 from verl_avar.report import HeatmapSample, print_table, render, verdicts
-from verl_avar.report.figures import attention_heatmap
+from verl_avar.report.heatmaps import attention_heatmap
 
 
 def stage(name, accuracy, shuffled, response_vas, visual, system, paper=9.0):
@@ -129,8 +129,8 @@ def test_page_is_self_contained_and_complete(results, tmp_path):
     page = render(results, tmp_path, [make_sample()])
     assert page == tmp_path / "report" / "index.html"
     html = page.read_text(encoding="utf-8")
-    sources = re.findall(r'(?:src|href)="([^"]{0,22})', html)
-    assert len(sources) == 4 + 3 and set(sources) == {"data:image/png;base64,"}
+    sources = re.findall(r'(?:src="|href="|url\()(.{22})', html)  # figures, the image once, a veil a step
+    assert len(sources) == 4 + 1 + 2 and set(sources) == {"data:image/png;base64,"}
     assert "Trained on &lt;made-up&gt; scenes." in html
     assert "Looking at the image again, the square is red." in html
     figures = {path.name for path in (page.parent / "figures").iterdir()}

@@ -1,39 +1,38 @@
-"""The figures of a run, drawn by matplotlib; each function returns None where the run did not measure its figures.
-
-Colours are from Okabe and Ito's set, which people with any common colour blindness can tell apart; marks and labels
-say the same thing again.
-"""
-
-import math
-import textwrap
-from typing import TYPE_CHECKING
+"""The figures of a run, drawn by matplotlib; each function returns None where the run did not measure its figures."""
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
 
-from verl_avar.report.results import digits, number, percent, title
+from verl_avar.report.drawing import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    TEXT,
+    bars,
+    bars_height,
+    legend,
+    measured,
+    panels,
+    plain,
+    row_names,
+)
+from verl_avar.report.results import digits, number, title
 
-if TYPE_CHECKING:
-    from verl_avar.report.report import HeatmapSample
-
-BLUE, ORANGE, GREEN, GREY, BLACK = "#0072B2", "#E69F00", "#009E73", "#B3B3B3", "#222222"
-VEIL = "#808080"  # grey, to be told from white and from black backgrounds alike
-WIDTH = 7.0  # inches; with text of 12 points it stays readable when a phone scales the picture to its width
-TEXT = 12
 SMOOTH = 5  # GRPO steps in the running mean
-SIDE = 336  # pixels of the longer side of a heat map
 
 
 def accuracy(results: dict) -> Figure:
     """Accuracy of each stage over all tasks, beside its control with shuffled images, in %."""
     stages = results["stages"]
     series = [
-        ("own image", BLUE, [number(stage, "accuracy", "all") for stage in stages]),
-        ("shuffled images", GREY, [number(stage, "shuffled", "all") for stage in stages]),
+        ("own image", BLUE, [_percent(number(stage, "accuracy", "all")) for stage in stages]),
+        ("shuffled images", GREY, [_percent(number(stage, "shuffled", "all")) for stage in stages]),
     ]
-    figure, axes = _bars(stages, series, lambda value: 100 * value, percent)
+    figure, (axes,) = panels([bars_height(len(stages), len(series))])
+    bars(axes, _names(stages), series, lambda value: "–" if value is None else f"{value:.1f}")
     axes.set_xlabel("right answers, %", fontsize=TEXT)
     axes.set_xlim(0, 100)
     return figure
@@ -51,16 +50,12 @@ def vas(results: dict) -> Figure | None:
         ("response", BLUE, [number(stage, "vas", "response", "paper") for stage in stages]),
         ("user turn (as published)", ORANGE, [number(stage, "vas", "user", "paper") for stage in stages]),
     ]
-    panels = [series for series in (robust, paper) if any(_measured(values) for _, _, values in series)]
-    if not panels:
+    drawn = [series for series in (robust, paper) if any(measured(values) for _, _, values in series)]
+    if not drawn:
         return None
-    heights = [1.4 + 0.26 * len(stages) * (len(series) + 1) for series in panels]
-    figure = Figure(figsize=(WIDTH, sum(heights)), dpi=150)
-    figure.set_layout_engine("constrained")
-    for axes, series in zip(
-        figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0], panels, strict=True
-    ):
-        _bars(stages, series, float, digits, axes)
+    figure, grid = panels([0.2 + bars_height(len(stages), len(series)) for series in drawn])
+    for axes, series in zip(grid, drawn, strict=True):
+        bars(axes, _names(stages), series, digits)
         if series is paper:
             axes.set_xscale("log")
             axes.set_title("Paper's VAS: mean of the ratios of single heads", fontsize=TEXT, loc="left", pad=28)
@@ -79,7 +74,7 @@ def mass(results: dict) -> Figure | None:
     shares = 100 * np.array([share for share in shares if None not in share], dtype=float)
     if not stages:
         return None
-    figure, axes = _axes(1.4 + 0.5 * len(stages))
+    figure, (axes,) = panels([1.4 + 0.5 * len(stages)])
     left = np.zeros(len(stages))
     parts = [
         ("image", BLUE, shares[:, 0]),
@@ -95,17 +90,17 @@ def mass(results: dict) -> Figure | None:
                     start + value / 2, row, f"{value:.0f}", ha="center", va="center", color=ink, fontsize=TEXT - 1
                 )
         left = left + values
-    _stage_names(axes, stages)
+    row_names(axes, _names(stages))
     axes.set_xlim(0, 100)
     axes.set_xlabel("attention of the response's tokens, %", fontsize=TEXT)
-    _legend(axes, 3)
+    legend(axes, 3)
     return figure
 
 
 def rl(results: dict) -> Figure | None:
     """The reward's parts and the visual attention behind them over the GRPO steps: each step, and a running mean."""
     steps = results.get("rl") or []
-    panels = [
+    kinds = [
         ("accuracy and format", [("acc", "accuracy", BLUE, "-"), ("format", "format", GREEN, "--")]),
         (
             "reward and its visual term",
@@ -114,18 +109,16 @@ def rl(results: dict) -> Figure | None:
         ("VAS of the rollouts", [("visual_ratio", "image over system turn, right and wrong answers", ORANGE, "-")]),
         ("attention mass", [("visual_mass", "image", BLUE, "-"), ("system_mass", "system turn", ORANGE, "--")]),
     ]
-    panels = [
+    kinds = [
         (name, drawn)
-        for name, lines in panels
-        if (drawn := [line for line in lines if _measured([number(row, line[0]) for row in steps])])
+        for name, lines in kinds
+        if (drawn := [line for line in lines if measured([number(row, line[0]) for row in steps])])
     ]
-    if not panels:
+    if not kinds:
         return None
-    figure = Figure(figsize=(WIDTH, 0.4 + 2.3 * len(panels)), dpi=150)
-    figure.set_layout_engine("constrained")
+    figure, grid = panels([0.4 / len(kinds) + 2.3] * len(kinds), sharex=True)
     at = [row["step"] for row in steps]
-    grid = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
-    for axes, (name, lines) in zip(grid, panels, strict=True):
+    for axes, (name, lines) in zip(grid, kinds, strict=True):
         for key, label, colour, style in lines:
             values = np.array([np.nan if (value := number(row, key)) is None else value for row in steps])
             axes.plot(at, values, color=colour, alpha=0.3, linewidth=1)
@@ -133,7 +126,7 @@ def rl(results: dict) -> Figure | None:
         axes.set_title(name, fontsize=TEXT, loc="left")
         axes.set_ylim(bottom=0)
         axes.grid(axis="y", color="#E5E5E5")
-        _plain(axes)
+        plain(axes)
         axes.legend(fontsize=TEXT - 2, frameon=False, loc="upper left", bbox_to_anchor=(0, 0.98), ncols=2)
         low, high = axes.get_ylim()
         axes.set_ylim(low, low + 1.3 * (high - low))  # room for the legend
@@ -142,106 +135,15 @@ def rl(results: dict) -> Figure | None:
     return figure
 
 
-def attention_heatmap(image: Image.Image, weights: np.ndarray | None = None, top: float | None = None) -> Image.Image:
-    """The image behind a grey veil that is the thinner, the more attention a cell gets; without `weights`, no veil.
-
-    A veil keeps the image's own colours where the response looks, which a colour map laid over it would hide.
-
-    Args:
-        weights: [rows, columns], attention to each cell of the image's token grid, not negative.
-        top: the weight that lifts the veil, by default the largest; give one value to make several pictures comparable.
-    """
-    scale = SIDE / max(image.size)
-    size = (round(image.width * scale), round(image.height * scale))
-    # Small images are enlarged as they are: smoothing would hide the pixels that the model saw.
-    picture = image.convert("RGB").resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
-    if weights is None:
-        return picture
-    weights = np.asarray(weights, dtype=float)
-    if weights.ndim != 2 or not np.isfinite(weights).all() or (weights < 0).any():
-        raise ValueError(f"weights must be a finite, non-negative [rows, columns] array, got shape {weights.shape}")
-    lifted = np.clip(weights / (top or weights.max() or 1.0), 0, 1)
-    mask = Image.fromarray((255 * lifted).astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
-    veiled = Image.blend(picture, Image.new("RGB", size, VEIL), 0.85)
-    return Image.composite(picture, veiled, mask)
-
-
-def brightest(sample: "HeatmapSample") -> float:
-    """The largest weight of any step and cell, the common scale of a sample's pictures."""
-    return max(float(np.max(weights)) for _, weights in sample.steps)
-
-
-def heatmap_sheet(sample: "HeatmapSample", columns: int = 3) -> Figure:
-    """The image and every step's heat map on one sheet, with the step's words above its picture."""
-    top = brightest(sample)
-    pictures = [(sample.question, attention_heatmap(sample.image))]
-    for text, weights in sample.steps:
-        words = f"{text.strip()}\n→ image: {percent(float(np.sum(weights)))} % of attention"
-        pictures.append((words, attention_heatmap(sample.image, weights, top)))
-    lines = math.ceil(len(pictures) / columns)
-    figure = Figure(figsize=(3.1 * columns, 4.1 * lines), dpi=120)
-    figure.set_layout_engine("constrained")
-    grid = figure.subplots(lines, columns, squeeze=False).ravel()
-    for axes in grid:
-        axes.axis("off")
-    for axes, (words, picture) in zip(grid, pictures, strict=False):
-        axes.imshow(picture)
-        wrapped = "\n".join(textwrap.fill(line, 32) for line in words.splitlines())
-        axes.set_title(wrapped, fontsize=TEXT - 2, loc="left", parse_math=False)
-    figure.supxlabel(f"no veil: {percent(top)} % of a token's attention on that cell", fontsize=TEXT - 2)
-    return figure
-
-
-def _axes(height: float):
-    figure = Figure(figsize=(WIDTH, height), dpi=150)
-    figure.set_layout_engine("constrained")
-    return figure, figure.subplots()
-
-
-def _bars(stages: list[dict], series: list, scale, label, axes=None):
-    """Horizontal bars, a group per stage and a bar per series, each with its figure written at its end."""
-    figure = None
-    if axes is None:
-        figure, axes = _axes(1.2 + 0.26 * len(stages) * (len(series) + 1))
-    height = 0.8 / len(series)
-    for index, (name, colour, values) in enumerate(series):
-        rows = [row + (index - (len(series) - 1) / 2) * height for row in range(len(stages))]
-        lengths = [0 if value is None else scale(value) for value in values]
-        axes.barh(rows, lengths, height=0.9 * height, color=colour, label=name)
-        for row, length, value in zip(rows, lengths, values, strict=True):
-            axes.annotate(
-                label(value), (length, row), (4, 0), textcoords="offset points", va="center", fontsize=TEXT - 2
-            )
-    _stage_names(axes, stages)
-    _legend(axes, len(series))
-    return figure, axes
-
-
-def _stage_names(axes, stages: list[dict]) -> None:
-    names = [textwrap.fill(title(stage), 14) for stage in stages]
-    axes.set_yticks(range(len(stages)), names, fontsize=TEXT)
-    axes.invert_yaxis()
-    _plain(axes)
-
-
-def _legend(axes, columns: int) -> None:
-    """Above the axes, under the title."""
-    axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False, fontsize=TEXT - 1, borderaxespad=0.2
-    )
-
-
-def _plain(axes) -> None:
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.tick_params(labelsize=TEXT - 1)
-
-
-def _measured(values: list) -> bool:
-    return any(value is not None for value in values)
-
-
 def _running_mean(values: np.ndarray) -> np.ndarray:
     """Mean of each step and up to SMOOTH - 1 before it; steps that were not measured do not count."""
     windows = [values[max(0, end - SMOOTH) : end] for end in range(1, len(values) + 1)]
     return np.array([np.nan if np.isnan(window).all() else np.nanmean(window) for window in windows])
+
+
+def _names(stages: list[dict]) -> list[str]:
+    return [title(stage) for stage in stages]
+
+
+def _percent(value: float | None) -> float | None:
+    return None if value is None else 100 * value

@@ -3,8 +3,6 @@
 The schema of `results` is in results.py.
 """
 
-import base64
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,67 +80,30 @@ def render(results: dict, out_dir: Path, samples: list[HeatmapSample] | None = N
 
     Raises ValueError when `results` is not as the module's schema says; nothing is written then.
     """
-    import jinja2
-
     from verl_avar.report import figures
+    from verl_avar.report.heatmaps import heatmap_sheet
+    from verl_avar.report.pages import heatmap_cards, save_figures, write_page
 
     check(results)
     page = Path(out_dir) / "report" / "index.html"
     folder = page.parent / "figures"
-    folder.mkdir(parents=True, exist_ok=True)
     drawn = {
         "accuracy": figures.accuracy(results),
         "vas": figures.vas(results),
         "mass": figures.mass(results),
         "rl": figures.rl(results),
     }
-    embedded = {}
-    for name, figure in drawn.items():
-        if figure is not None:
-            figure.savefig(folder / f"{name}.png")
-            embedded[name] = _data_uri((folder / f"{name}.png").read_bytes())
-    shown = []
-    for index, sample in enumerate(samples or [], start=1):
-        figures.heatmap_sheet(sample).savefig(folder / f"heatmap_{index}.png", bbox_inches="tight")
-        shown.append(_heatmap_cards(sample))
+    embedded = save_figures(drawn, folder)
+    save_figures({f"heatmap_{n}": heatmap_sheet(sample) for n, sample in enumerate(samples or [], start=1)}, folder)
     heads, cells = rows(results)
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
-    html = template.render(
+    return write_page(
+        "page.html",
+        page,
         verdicts=verdicts(results),
         heads=heads,
         rows=cells,
         figures=embedded,
-        samples=shown,
+        samples=[heatmap_cards(sample) for sample in samples or []],
         notes=results.get("notes") or [],
         config=results.get("config") or {},
     )
-    unfinished = page.with_suffix(".tmp")
-    unfinished.write_text(html, encoding="utf-8")
-    unfinished.replace(page)
-    return page
-
-
-def _heatmap_cards(sample: HeatmapSample) -> dict:
-    """What the page needs of one sample: every picture with its caption."""
-    from verl_avar.report.figures import attention_heatmap, brightest
-
-    top = brightest(sample)
-    cards = [{"image": _data_uri(_png(attention_heatmap(sample.image))), "text": "the image", "mass": None}]
-    for text, weights in sample.steps:
-        picture = attention_heatmap(sample.image, weights, top)
-        cards.append({"image": _data_uri(_png(picture)), "text": text, "mass": percent(float(weights.sum()))})
-    stage = title(sample.stage)
-    return {"question": sample.question, "truth": sample.truth, "stage": stage, "cards": cards, "top": percent(top)}
-
-
-def _png(image: "Image") -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()

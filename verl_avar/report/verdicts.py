@@ -67,17 +67,22 @@ def _attention(cause: str, before: dict, after: dict) -> list[str]:
     line = f"{cause} {verb} the head-averaged VAS of the response: {digits(old)} to {digits(new)} ({factor:.2f}×)"
     masses = [number(stage, "mass", role) for role in ("visual", "system") for stage in (before, after)]
     if all(masses) and factor > 1.05:
-        visual_before, visual_after, system_before, system_after = masses
-        by_looking, by_suppressing = math.log(visual_after / visual_before), math.log(system_before / system_after)
-        line += (
-            f"; visual mass {100 * visual_before:.1f} % to {100 * visual_after:.1f} %, "
-            f"system mass {100 * system_before:.1f} % to {100 * system_after:.1f} %"
-        )
-        if by_suppressing > max(by_looking, 0):
-            line += ", so mostly by attending less to the system prompt"
-        elif by_looking > 0:
-            line += ", so mostly by attending more to the image"
+        line += "; " + masses_change(*masses)
     return [line + "."]
+
+
+def masses_change(visual_before: float, visual_after: float, system_before: float, system_after: float) -> str:
+    """How two masses moved and, where their ratio rose, which of them made it. All four are above 0."""
+    by_looking, by_suppressing = math.log(visual_after / visual_before), math.log(system_before / system_after)
+    words = (
+        f"visual mass {100 * visual_before:.1f} % to {100 * visual_after:.1f} %, "
+        f"system mass {100 * system_before:.1f} % to {100 * system_after:.1f} %"
+    )
+    if by_looking + by_suppressing <= 0:
+        return words
+    if by_suppressing > max(by_looking, 0):
+        return words + ", so mostly by attending less to the system prompt"
+    return words + ", so mostly by attending more to the image"
 
 
 def _reward(rl: list[dict]) -> list[str]:
