@@ -7,6 +7,9 @@ import transformers as hf
 from families import templates, tokenizers
 from families.sizes import STD, TILE, VISION, Parts, ids, text_part
 
+# Four patches of 14 px leave 4 px of it unseen, as 27 patches leave 6 of 384 px in the checkpoints of these families.
+UNEVEN_TILE = TILE + 4
+UNEVEN_VISION = VISION | {"image_size": UNEVEN_TILE}
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 LLAMA3_SPECIALS = (
     "<|begin_of_text|>",
@@ -58,8 +61,8 @@ def internvl() -> Parts:
 
 def llava_onevision() -> Parts:
     tokenizer = tokenizers.qwen((*CHATML, "<image>", "<video>"), eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    size = {"height": TILE, "width": TILE}
-    pinpoints = [[TILE * rows, TILE * columns] for rows in range(1, 4) for columns in range(1, 4)]
+    size = {"height": UNEVEN_TILE, "width": UNEVEN_TILE}
+    pinpoints = [[UNEVEN_TILE * rows, UNEVEN_TILE * columns] for rows in range(1, 4) for columns in range(1, 4)]
     processor = hf.LlavaOnevisionProcessor(
         image_processor=hf.LlavaOnevisionImageProcessor(size=dict(size), image_grid_pinpoints=pinpoints),
         tokenizer=tokenizer,
@@ -71,7 +74,7 @@ def llava_onevision() -> Parts:
     )
     config = hf.LlavaOnevisionConfig(
         text_config=text_part(tokenizer, model_type="qwen2"),
-        vision_config=VISION | {"model_type": "siglip_vision_model", "vision_use_head": False},
+        vision_config=UNEVEN_VISION | {"model_type": "siglip_vision_model", "vision_use_head": False},
         image_grid_pinpoints=pinpoints,
         vision_aspect_ratio="anyres_max_4",
         **ids(tokenizer, image_token_index="<image>", video_token_index="<video>"),
@@ -86,7 +89,7 @@ def smolvlm() -> Parts:
         eos_token="<end_of_utterance>",
         pad_token="<|im_end|>",
     )
-    pictures = {"size": {"longest_edge": 3 * TILE}, "max_image_size": {"longest_edge": TILE}}
+    pictures = {"size": {"longest_edge": 3 * UNEVEN_TILE}, "max_image_size": {"longest_edge": UNEVEN_TILE}}
     processor = hf.SmolVLMProcessor(
         image_processor=hf.SmolVLMImageProcessor(**pictures),
         tokenizer=tokenizer,
@@ -96,7 +99,7 @@ def smolvlm() -> Parts:
     )
     config = hf.SmolVLMConfig(
         text_config=text_part(tokenizer, model_type="llama"),
-        vision_config=VISION,
+        vision_config=UNEVEN_VISION,
         scale_factor=2,
         pad_token_id=tokenizer.pad_token_id,
         **ids(tokenizer, image_token_id="<image>"),
