@@ -128,7 +128,7 @@ def test_bias_equals_a_float_mask_on_the_logits(model, batch):
     expected = torch.stack([reference.role_mass(layer, roles, MASS_ROLES) for layer in oracle.attentions])
     for implementation in ("avar_sdpa", "avar_eager"):
         hf.set_attention(model, implementation)
-        with torch.no_grad(), hf.probe(roles) as record, hf.role_bias(roles, visual=0.7, system=-1.2):
+        with torch.no_grad(), hf.probe(roles) as record, hf.role_bias(model, visual=0.7, system=-1.2, roles=roles):
             output = model(**inputs)
         torch.testing.assert_close(output.last_hidden_state, oracle.last_hidden_state, atol=1e-4, rtol=1e-4)
         assert_masses(record, expected, torch.ones_like(roles, dtype=torch.bool))
@@ -140,9 +140,9 @@ def test_bias_holds_while_decoding_with_a_cache(model, batch):
     hf.set_attention(model, "avar_sdpa")
     roles = roles.clone()
     roles[:, 12:] = Role.RESPONSE
-    with torch.no_grad(), hf.role_bias(roles, visual=1.0):
+    with torch.no_grad(), hf.role_bias(model, visual=1.0, roles=roles):
         whole = model(input_ids=ids).last_hidden_state
-    with torch.no_grad(), hf.role_bias(roles[:, :12], visual=1.0):
+    with torch.no_grad(), hf.role_bias(model, visual=1.0, roles=roles[:, :12]):
         prompt = model(input_ids=ids[:, :12], use_cache=True)
         rest = [model(input_ids=ids[:, i : i + 1], past_key_values=prompt.past_key_values) for i in range(12, 20)]
     steps = torch.cat([prompt.last_hidden_state, *(r.last_hidden_state for r in rest)], dim=1)
@@ -192,8 +192,9 @@ def test_a_layer_that_does_not_exist_is_an_error(model, batch):
         record.mass(Role.VISUAL)
 
 
-def test_a_probe_closes_when_the_pass_fails(batch):
+def test_a_probe_closes_when_the_pass_fails(model, batch):
     _, roles = batch
-    with pytest.raises(ZeroDivisionError), hf.probe(roles), hf.role_bias(roles, visual=1.0):
+    hf.set_attention(model, "avar_sdpa")
+    with pytest.raises(ZeroDivisionError), hf.probe(roles), hf.role_bias(model, visual=1.0, roles=roles):
         raise ZeroDivisionError
     assert hf._records == [] and hf._biases == []

@@ -1,13 +1,17 @@
-"""The training-free intervention: a bias on the logits of a role (AVAR §2.3, arXiv:2603.03825).
+"""The training-free intervention on tensors: a factor c = exp(β) per role (AVAR §2.3, arXiv:2603.03825).
 
-Adding b to a key's logit multiplies its weight by c = exp(b) before normalisation. So biased attention is
-`softmax(QKᵀ)·(c∘V) / softmax(QKᵀ)·c`: the plain kernel on other values, exact, in O(T) memory, for any kernel.
+Three modes, exact and in O(T) memory for any kernel, since each is the plain kernel on other keys or values:
+
+    bias            softmax(QKᵀ + β)·V = softmax(QKᵀ)·(c∘V) / softmax(QKᵀ)·c    weights × c, normalised
+    scale_weights   softmax(QKᵀ)·(c∘V)                                          weights × c, not normalised
+    scale_logits    softmax(Q(c∘K)ᵀ)·V                                          logits × c
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +20,7 @@ from verl_avar.roles import Role
 
 # exp(±20) keeps float32 sums of unbiased and biased weights meaningful; the paper's values lie within ±1.
 MAX_BIAS = 20.0
+MODES = ("bias", "scale_weights", "scale_logits")
 
 
 def bias_of(alpha_img: float = 0.0, alpha_sys: float = 0.0) -> tuple[float, float]:
@@ -36,27 +41,32 @@ def key_factors(roles: torch.Tensor, visual: float = 0.0, system: float = 0.0) -
     return factors
 
 
+def _column(factors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Factors [B, S] as [B, 1, S, 1] in a kernel's dtype."""
+    column = factors[:, None, :, None].to(dtype)
+    if not (torch.isfinite(column) & (column > 0)).all():
+        raise ValueError(f"bias: too large for {dtype}; use a smaller one, or bfloat16 or float32")
+    return column
+
+
 def biased(attend: Callable[[torch.Tensor], torch.Tensor], value: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     """Attention output under a key bias.
 
     attend: values [B, H_kv, S, D] -> output with D last, the unbiased kernel. factors: [B, S], from `key_factors`.
     """
-    scaled = factors[:, None, :, None].to(value.dtype)
-    if not (torch.isfinite(scaled) & (scaled > 0)).all():
-        raise ValueError(f"bias: too large for {value.dtype}; use a smaller one, or bfloat16 or float32")
-    weighted = value * scaled
+    scaled = _column(factors, value.dtype)
     # The same kernel wants the same head size, so the normaliser travels in the first of D columns.
     column = F.pad(scaled, (0, value.shape[-1] - 1))
     normaliser = attend(column.expand(-1, value.shape[1], -1, -1))[..., :1]
     # Zero only for a query that sees no key: its output is 0, as the unbiased kernel's is.
-    return attend(weighted) / normaliser.masked_fill(normaliser == 0, 1)
+    return attend(value * scaled) / normaliser.masked_fill(normaliser == 0, 1)
 
 
 def biased_mass(mass: torch.Tensor, of: Sequence[Role], visual: float = 0.0, system: float = 0.0) -> torch.Tensor:
     """Masses under a bias from the unbiased ones: [..., R] with the roles `of`, VISUAL and SYSTEM among them.
 
-    `m'_R = c_R m_R / (1 + Σ_R' (c_R' − 1) m_R')`: no further attention call. Masses that a kernel rounded to half
-    precision lose digits where c is far below 1 and the role has nearly all of the mass.
+    `m'_R = c_R m_R / (Σ_R' c_R' m_R' + 1 − Σ_R' m_R')`: no further attention call. Masses that a kernel rounded to
+    half precision lose digits where c is far below 1 and the role has nearly all of the mass.
     """
     if visual == system == 0.0:
         return mass
@@ -64,4 +74,71 @@ def biased_mass(mass: torch.Tensor, of: Sequence[Role], visual: float = 0.0, sys
     if missing := [role.name for role, c in factor.items() if c != 1 and role not in of]:
         raise ValueError(f"bias: the mass of the biased role {missing[0]} is needed too; have {[r.name for r in of]}")
     c = mass.new_tensor([factor.get(role, 1.0) for role in of])
-    return mass * c / (1 + (mass * (c - 1)).sum(-1, keepdim=True))
+    rest = (1 - mass.sum(-1, keepdim=True)).clamp_min(0)
+    return mass * c / ((mass * c).sum(-1, keepdim=True) + rest)
+
+
+@dataclass(frozen=True)
+class Effect:
+    """An intervention on one attention call: keys and values [B, H_kv, S, D], queries [B, H, T, D]."""
+
+    factors: torch.Tensor  # c of each key, float32 [B, S]
+    rows: torch.Tensor | None  # bool [B, T], the queries it acts on; None for all
+    visual: float
+    system: float
+    mode: str
+    drops_out: bool = False  # all keys have one factor, and the mode normalises
+
+    def output(self, attend: Callable, key: torch.Tensor, value: torch.Tensor) -> tuple:
+        """Output [B, T, H, D] and, where the kernel gives them, weights [B, H, T, S].
+
+        attend: (key, value) -> output and weights of the unbiased kernel; anything but a 4D tensor is no weights.
+        """
+        if self.drops_out:
+            return attend(key, value)
+        column = _column(self.factors, value.dtype)
+        if self.mode == "bias":
+            maps = []
+
+            def call(values):
+                out, weights = attend(key, values)
+                maps.append(weights)
+                return out
+
+            under = biased(call, value, self.factors), maps[0]
+        elif self.mode == "scale_weights":
+            under = attend(key, value * column)
+        else:
+            under = attend(key * column, value)
+        plain = None if self.rows is None else attend(key, value)
+        out = self._where(under[0], plain and plain[0], (slice(None), slice(None), None, None))
+        return out, self._weights(under[1], plain and plain[1])
+
+    def _weights(self, under, plain) -> torch.Tensor | None:
+        if not isinstance(under, torch.Tensor) or under.dim() != 4:
+            return None
+        if self.mode != "scale_logits":
+            under = under * self.factors[:, None, None, :].to(under.dtype)
+        if self.mode == "bias":
+            total = under.sum(-1, keepdim=True)
+            under = under / total.masked_fill(total == 0, 1)
+        return self._where(under, plain, (slice(None), None, slice(None), None))
+
+    def mass(self, masses: Callable, key: torch.Tensor, of: Sequence[Role]) -> torch.Tensor:
+        """Masses [B, H, T, R] of the roles `of`. masses: (key, roles) -> masses of the unbiased kernel."""
+        if self.drops_out:
+            return masses(key, of)
+        factor = {Role.VISUAL: math.exp(self.visual), Role.SYSTEM: math.exp(self.system)}
+        extra = [role for role, c in factor.items() if c != 1 and role not in of] if self.mode == "bias" else []
+        plain = masses(key, [*of, *extra]) if self.mode != "scale_logits" or self.rows is not None else None
+        if self.mode == "bias":
+            under = biased_mass(plain, [*of, *extra], self.visual, self.system)
+        elif self.mode == "scale_weights":
+            under = plain * plain.new_tensor([factor.get(role, 1.0) for role in of])
+        else:
+            under = masses(key * _column(self.factors, key.dtype), of)
+        return self._where(under, plain, (slice(None), None, slice(None), None))[..., : len(of)]
+
+    def _where(self, under: torch.Tensor, plain: torch.Tensor | None, rows: tuple) -> torch.Tensor:
+        """`under` at the chosen queries, `plain` at the others. rows: index that lays [B, T] along both."""
+        return under if self.rows is None else torch.where(self.rows[rows], under, plain)
