@@ -15,7 +15,7 @@ import transformers as hf
 
 from families.qwen import qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_5_moe, qwen3_vl, qwen3_vl_moe
 from families.single import gemma3, llava
-from families.sizes import Parts
+from families.sizes import STD, Parts
 from families.tiled import idefics3, internvl, llava_onevision, mllama, smolvlm
 
 FAMILIES: dict[str, Callable[[], Parts]] = {
@@ -47,6 +47,8 @@ def build(family: str, folder: Path) -> Path:
         for name, parameter in model.named_parameters():
             if "gate" in name and parameter.numel() == 1:  # Llama-3.2-Vision starts with closed gates
                 torch.nn.init.uniform_(parameter, 0.3, 1.5)
+            elif parameter.dim() > 1 and not parameter.any():  # Gemma 3's projection of the image starts at zero
+                torch.nn.init.normal_(parameter, std=STD)
     tokenizer = processor.tokenizer
     model.generation_config = hf.GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
