@@ -1,0 +1,91 @@
+"""The backend of a sweep on transformers: greedy answers under a role bias, and their masses under the same bias."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from verl_avar import families
+from verl_avar.attention.mass import MASS_ROLES
+from verl_avar.evaluation.answer import Answers, answer, answer_masses, end_tokens
+from verl_avar.evaluation.checkpoint import Checkpoint
+from verl_avar.evaluation.images import open_images
+from verl_avar.evaluation.sweep import Backend, Task
+from verl_avar.roles import Role, query_mask
+from verl_avar.vas import sample_vas
+
+
+def backend(checkpoint: Checkpoint, bias: dict, max_new_tokens: int, batch_size: int = 1) -> Backend:
+    """Runs tasks on a loaded checkpoint. bias: `layers`, `queries` and `mode` of `role_bias`, for all points."""
+
+    def run(tasks: Sequence[Task]) -> Iterator[tuple[Task, dict]]:
+        for _, group in itertools.groupby(tasks, key=lambda task: task.strength.key):
+            same = list(group)
+            for first in range(0, len(same), batch_size):
+                yield from _isolated(checkpoint, same[first : first + batch_size], bias, max_new_tokens)
+
+    return run
+
+
+def check(checkpoint: Checkpoint, visual: bool, mode: str) -> None:
+    """Raises ValueError where a bias of visual keys would change nothing."""
+    if visual and mode == "bias" and families.has_cross_attention(checkpoint.model):
+        raise ValueError(
+            f"the image enters {type(checkpoint.model).__name__} through cross-attention, whose keys are all visual: a "
+            "bias drops out of the normalised weights; use --mode scale_weights"
+        )
+
+
+def _isolated(checkpoint: Checkpoint, tasks: list[Task], bias: dict, limit: int) -> Iterator[tuple[Task, dict]]:
+    """Records of a batch. One bad row does not take others with it."""
+    try:
+        records = _batch(checkpoint, tasks, bias, limit)
+    except Exception as error:  # whatever a processor or a model raises on this input; the row is named and counted
+        if len(tasks) > 1:
+            for task in tasks:
+                yield from _isolated(checkpoint, [task], bias, limit)
+            return
+        text = " ".join(str(error).split())[:300]
+        expected = isinstance(error, ValueError | OSError) and text
+        yield tasks[0], {"problem": text if expected else f"{type(error).__name__}: {text}"}
+        return
+    yield from zip(tasks, records, strict=True)
+
+
+def _batch(checkpoint: Checkpoint, tasks: list[Task], bias: dict, limit: int) -> list[dict]:
+    strength = tasks[0].strength
+    intervention = None
+    if not strength.is_baseline:
+        intervention = {"visual": strength.visual, "system": strength.system} | bias
+    images = [open_images(task.row.images) for task in tasks]
+    answers = answer(checkpoint, [task.row.messages for task in tasks], images, limit, intervention)
+    record = answer_masses(checkpoint, answers, "response", intervention)
+    masses, _ = families.masses(checkpoint.model, record, MASS_ROLES)
+    ends = torch.tensor(end_tokens(checkpoint), device=answers.roles.device)
+    return [_record(answers, b, masses[:, b], ends) for b in range(len(tasks))]
+
+
+def _record(answers: Answers, b: int, masses: torch.Tensor, ends: torch.Tensor) -> dict:
+    """One sample. masses: [L, H, T, R] of MASS_ROLES."""
+    roles = answers.roles[b]
+    written = answers.inputs["input_ids"][b][roles == Role.RESPONSE]
+    asked = query_mask(roles[None], "response")[0]
+    found = {
+        "response": answers.texts[b],
+        "tokens": len(written),
+        "cut": len(written) > 0 and not bool(torch.isin(written[-1], ends)),
+        "queries": int(asked.sum()),
+    }
+    attention = {"vas": None, "head_mean": None, "visual": None, "system": None}
+    if asked.any() and (roles == Role.VISUAL).any():
+        of = {role: masses[:, :, asked, MASS_ROLES.index(role)] for role in (Role.VISUAL, Role.SYSTEM)}
+        vas = sample_vas(of[Role.VISUAL], of[Role.SYSTEM])
+        attention |= {"visual": float(vas.visual.mean()), "system": float(vas.system.mean())}
+        if (roles == Role.SYSTEM).any():
+            attention |= {"vas": float(vas.ratio.mean()), "head_mean": float(vas.head_mean.mean())}
+        if not all(value is None or math.isfinite(value) for value in attention.values()):
+            raise ValueError("the attention masses are not finite numbers; try --dtype float32 or bfloat16")
+    return found | attention
