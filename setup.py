@@ -33,7 +33,7 @@ TRAINING = [
     "uvicorn",
 ]
 
-PLOT = ["jinja2>=3.1", "matplotlib>=3.9"]
+PLOT = ["jinja2>=3.1", "matplotlib>=3.9", "scipy>=1.15"]  # figures, pages, and the statistics that they show
 
 EXTRAS = {
     # One machine without a GPU. Install it with recipes/bootstrap.sh, which knows the order.
@@ -49,7 +49,7 @@ EXTRAS = {
         "flash-attn==2.8.3",
     ],
     "megatron": ["megatron-core>=0.16", "mbridge"],
-    "eval": ["openai>=2.0", "scipy>=1.13"],
+    "eval": ["openai>=2.0"],
     "plot": PLOT,
     "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.14"],
 }
@@ -63,7 +63,9 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["verl_avar", "verl_avar.*"]),
-    package_data={"verl_avar": ["miniature/data/**/*", "training/config/*.yaml", "report/*.html"]},
+    package_data={
+        "verl_avar": ["miniature/data/**/*", "training/config/*.yaml", "report/*.html", "evaluation/published/*.csv"]
+    },
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={

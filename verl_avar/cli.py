@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 import verl_avar
+from verl_avar.evaluation import correlate, intervene, vas_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -12,6 +13,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="avar", description=verl_avar.__doc__)
     parser.add_argument("--version", action="version", version=f"avar {verl_avar.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, module, text in (
+        ("vas", vas_command, "measure whether a vision-language checkpoint looks at its images while it reasons"),
+        ("intervene", intervene, "sweep a bias of attention to the image at inference: does it help?"),
+        ("correlate", correlate, "VAS against accuracy over several checkpoints"),
+    ):
+        command = commands.add_parser(name, help=text, description=module.__doc__.split("\n\n")[0])
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
     add_doctor(commands)
     add_report(commands)
     arguments = parser.parse_args(argv)

@@ -10,7 +10,7 @@ from verl_avar.attention.mass import MASS_ROLES
 from verl_avar.evaluation.answer import answer, answer_masses
 from verl_avar.evaluation.checkpoint import load_checkpoint, prompt_inputs
 from verl_avar.evaluation.evaluate import evaluate, shuffled_images
-from verl_avar.evaluation.heatmap import attention_to_cells, heatmap_sample, sentences
+from verl_avar.evaluation.heatmap import heatmap_sample, sentences
 from verl_avar.miniature.data import write_eval
 from verl_avar.miniature.model import build_model, build_processor, save
 from verl_avar.miniature.tokenizer import build_tokenizer
@@ -63,22 +63,16 @@ def test_masses_of_responses_equal_eager_maps(checkpoint, answers):
         )
 
 
-def test_attention_to_cells_sums_to_the_visual_mass(checkpoint, rows):
-    one = answer(checkpoint, list(rows["prompt"][:1]), list(rows["images"][:1]), max_new_tokens=8)
-    cells = attention_to_cells(checkpoint, one)
-    n = int(query_mask(one.roles, "response").sum())
-    assert cells.shape == (n, 3, 3)
-    mass = answer_masses(checkpoint, one, "response").mass(Role.VISUAL).mean(dim=(0, 2))[0]
-    torch.testing.assert_close(
-        torch.from_numpy(cells).sum((1, 2)), mass[query_mask(one.roles, "response")[0]], atol=1e-5, rtol=1e-4
-    )
-
-
-def test_heatmap_pieces_are_the_response(checkpoint, rows):
+def test_a_heatmap_is_the_response_and_its_mass_on_the_image(checkpoint, rows):
     sample = heatmap_sample(checkpoint, rows.iloc[0], 12, "base")
-    text = answer(checkpoint, [rows["prompt"].iloc[0]], [rows["images"].iloc[0]], 12).texts[0]
-    assert "".join(piece for piece, _ in sample.steps).removesuffix("<|im_end|>") == text
+    own = answer(checkpoint, [rows["prompt"].iloc[0]], [rows["images"].iloc[0]], 12)
+    pieces = [checkpoint.tokenizer.encode(piece, add_special_tokens=False) for piece, _ in sample.steps]
+    assert "".join(piece for piece, _ in sample.steps).removesuffix("<|im_end|>") == own.texts[0]
     assert all(weights.shape == (3, 3) for _, weights in sample.steps)
+    mass = answer_masses(checkpoint, own, "response").mass(Role.VISUAL).mean(dim=(0, 2))[0]
+    mass = mass[query_mask(own.roles, "response")[0]]
+    of_pieces = [float(m.mean()) for m in mass.split([len(piece) for piece in pieces])]
+    assert [float(weights.sum()) for _, weights in sample.steps] == pytest.approx(of_pieces, rel=1e-4)
 
 
 def test_sentences():

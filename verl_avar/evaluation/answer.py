@@ -1,20 +1,21 @@
-"""Greedy answers of a checkpoint and the attention masses of its own responses."""
+"""Answers of a checkpoint, its own or given ones, and the attention masses of the whole conversation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
-from verl_avar.attention.hf import Record, probe
-from verl_avar.evaluation.checkpoint import Checkpoint, prompt_inputs
-from verl_avar.roles import query_mask, token_roles
+from verl_avar.attention.hf import Record, probe, role_bias
+from verl_avar.evaluation.checkpoint import Checkpoint, check_context, prompt_inputs, prompt_roles
+from verl_avar.roles import Role, query_mask
 
 
 @dataclass(frozen=True)
 class Answers:
-    """A batch of prompts with the responses generated for them."""
+    """A batch of prompts with their responses."""
 
     inputs: dict  # what the model's forward takes: input_ids [B, P+N], attention_mask, pixel_values, …
     roles: torch.Tensor  # uint8 [B, P+N]
@@ -23,41 +24,106 @@ class Answers:
 
 
 @torch.no_grad()
-def answer(checkpoint: Checkpoint, prompts: Sequence, images: Sequence, max_new_tokens: int) -> Answers:
-    """Greedy responses to a batch of rows (see `prompt_inputs` for their form)."""
+def answer(
+    checkpoint: Checkpoint,
+    prompts: Sequence,
+    images: Sequence,
+    max_new_tokens: int,
+    intervention: dict | None = None,
+) -> Answers:
+    """Greedy responses to a batch of rows (see `prompt_inputs` for their form), within the model's context.
+
+    intervention: keyword arguments of `role_bias` (visual, system, layers, queries, mode) to generate under.
+    """
     prompt = prompt_inputs(checkpoint, prompts, images)
-    model, tokenizer = checkpoint.model, checkpoint.tokenizer
-    # Greedy means greedy: some checkpoints ship a repetition penalty.
-    sequences = model.generate(**prompt, max_new_tokens=max_new_tokens, do_sample=False, repetition_penalty=1.0)
-    prompt_length = prompt["input_ids"].shape[1]
-    written = sequences[:, prompt_length:]
+    roles = prompt_roles(checkpoint, prompts, prompt)
+    model = checkpoint.model
+    if checkpoint.context is not None:
+        room = checkpoint.context - int(prompt["attention_mask"].sum(-1).max())
+        if room < 1:
+            raise ValueError(f"the prompt fills the model's context of {checkpoint.context} tokens")
+        max_new_tokens = min(max_new_tokens, room)
+    with _intervened(model, roles, intervention):
+        # Greedy means greedy: some checkpoints ship a repetition penalty.
+        sequences = model.generate(
+            **prompt,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            repetition_penalty=1.0,
+            eos_token_id=end_tokens(checkpoint),
+        )
+    written = sequences[:, prompt["input_ids"].shape[1] :]
     # Up to and including the first end marker; generate pads after it.
     stops = torch.isin(written, torch.tensor(end_tokens(checkpoint), device=written.device))
     ended = stops.long().cumsum(-1)
-    response = (ended == 0) | ((ended == 1) & stops)
-    zeros = torch.zeros_like(prompt["input_ids"])
-    response_mask = torch.cat([zeros, response.long()], dim=1)
-    attention_mask = torch.cat([prompt["attention_mask"], response.long()], dim=1)
-    inputs = dict(prompt) | {"input_ids": sequences, "attention_mask": attention_mask}
-    if "mm_token_type_ids" in inputs:  # M-RoPE of transformers 5.10 counts image tokens by it; responses hold none
-        inputs["mm_token_type_ids"] = torch.cat([prompt["mm_token_type_ids"], torch.zeros_like(written)], dim=1)
-    texts = [
-        tokenizer.decode(ids[keep & ~stop].tolist()) for ids, keep, stop in zip(written, response, stops, strict=True)
-    ]
-    roles = token_roles(sequences, checkpoint.chat, attention_mask, response_mask)
-    return Answers(inputs, roles, prompt_length, texts)
-
-
-def end_tokens(checkpoint: Checkpoint) -> list[int]:
-    """Ids that end a response: the template's end marker, and what `generate` stops at (Qwen lists two)."""
-    stops = checkpoint.model.generation_config.eos_token_id
-    stops = stops if isinstance(stops, list) else [stops]
-    return [checkpoint.chat.turn_end, *(i for i in stops if i is not None)]
+    return _answers(checkpoint, prompt, roles, written, (ended == 0) | ((ended == 1) & stops), stops)
 
 
 @torch.no_grad()
-def answer_masses(checkpoint: Checkpoint, answers: Answers, scope: str = "user+response") -> Record:
-    """Masses of the whole sequences in one forward pass, for the queries of a scope."""
-    with probe(answers.roles, queries=query_mask(answers.roles, scope)) as record:
+def given(checkpoint: Checkpoint, prompts: Sequence, images: Sequence, responses: Sequence[str]) -> Answers:
+    """The batch of rows with responses that are already known, ended as the model would end them.
+
+    An empty response leaves its row without response tokens.
+    """
+    prompt = prompt_inputs(checkpoint, prompts, images)
+    end = end_tokens(checkpoint)[:1]
+    ids = [checkpoint.tokenizer.encode(text, add_special_tokens=False) + end if text else [] for text in responses]
+    width = max(map(len, ids), default=0)
+    pad = checkpoint.tokenizer.pad_token_id or 0
+    device = prompt["input_ids"].device
+    written = torch.tensor([row + [pad] * (width - len(row)) for row in ids], device=device).view(len(ids), width)
+    lengths = torch.tensor([len(row) for row in ids], device=device)
+    response = torch.arange(width, device=device) < lengths[:, None]
+    last = torch.arange(width, device=device) == lengths[:, None] - 1
+    roles = prompt_roles(checkpoint, prompts, prompt)
+    answers = _answers(checkpoint, prompt, roles, written.long(), response, last & bool(end))
+    check_context(checkpoint, answers.inputs["attention_mask"])
+    return answers
+
+
+def _answers(checkpoint: Checkpoint, prompt: dict, roles, written, response, stops) -> Answers:
+    """Prompt and response in one batch. written: ids [B, N]; response, stops: bool [B, N]."""
+    inputs = dict(prompt)
+    inputs["input_ids"] = torch.cat([prompt["input_ids"], written], dim=1)
+    inputs["attention_mask"] = torch.cat([prompt["attention_mask"], response.long()], dim=1)
+    for name, value in prompt.items():
+        if name in ("input_ids", "attention_mask") or value.shape[:2] != prompt["input_ids"].shape:
+            continue
+        if name == "cross_attention_mask":  # a response sees the images that the last token of its prompt sees
+            more = value[:, -1:].expand(-1, written.shape[1], *value.shape[2:])
+        elif name.endswith("token_type_ids"):  # a response holds no image tokens
+            more = value.new_zeros(written.shape)
+        else:
+            raise ValueError(
+                f"{type(checkpoint.processor).__name__}: '{name}' has one value per token, of unknown sense"
+            )
+        inputs[name] = torch.cat([value, more], dim=1)
+    decode = checkpoint.tokenizer.decode
+    texts = [decode(ids[keep & ~stop].tolist()) for ids, keep, stop in zip(written, response, stops, strict=True)]
+    written_roles = torch.where(response, int(Role.RESPONSE), int(Role.OTHER)).to(roles.dtype)
+    return Answers(inputs, torch.cat([roles, written_roles], dim=1), roles.shape[1], texts)
+
+
+def end_tokens(checkpoint: Checkpoint) -> list[int]:
+    """Ids that end a response: the template's end marker first, then what `generate` stops at (Qwen lists two)."""
+    stops = checkpoint.model.generation_config.eos_token_id
+    stops = stops if isinstance(stops, list) else [stops]
+    known = [*checkpoint.template.end_of_turn, *(i for i in stops if i is not None)]
+    return list(dict.fromkeys(known or [checkpoint.tokenizer.eos_token_id]))
+
+
+@torch.no_grad()
+def answer_masses(
+    checkpoint: Checkpoint, answers: Answers, scope: str = "user+response", intervention: dict | None = None
+) -> Record:
+    """Masses of the whole sequences in one forward pass, for the queries of a scope; under an intervention, if any."""
+    with (
+        _intervened(checkpoint.model, answers.roles, intervention),
+        probe(answers.roles, queries=query_mask(answers.roles, scope)) as record,
+    ):
         checkpoint.model(**answers.inputs)
     return record
+
+
+def _intervened(model, roles: torch.Tensor, intervention: dict | None):
+    return role_bias(model, roles=roles, **intervention) if intervention else nullcontext()

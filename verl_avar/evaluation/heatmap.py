@@ -1,54 +1,134 @@
-"""Where a response looks in its image: attention to each visual token, by sentence of the response."""
+"""Where a response looks in its images: attention to each visual token, by sentence of the response."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-import torch
+from PIL import Image
 
-from verl_avar.attention.hf import set_attention
+from verl_avar import families
 from verl_avar.evaluation.answer import Answers, answer
-from verl_avar.evaluation.checkpoint import IMAGE_PLACEHOLDER, Checkpoint, open_images
+from verl_avar.evaluation.checkpoint import Checkpoint, conversation
+from verl_avar.evaluation.images import open_images
+from verl_avar.evaluation.measure import measure
 from verl_avar.report import HeatmapSample
-from verl_avar.roles import Role, query_mask
+from verl_avar.roles import Role
+
+FINEST = 64  # cells along a side of a picture's grid, at most
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the visual tokens of a sequence lie: boxes [V, 4] (left, top, right, bottom as fractions of the image; NaN
+    for a token without a place) and the image [V] of each. `boxes` is None where the family's geometry is not known.
+    """
+
+    boxes: np.ndarray | None
+    image: np.ndarray | None
+    problem: str | None = None
+
+    @property
+    def known(self) -> bool:
+        return self.boxes is not None
+
+
+def places(checkpoint: Checkpoint, answers: Answers, b: int, images: Sequence[Sequence[Image.Image]]) -> Places:
+    """Places of the visual tokens of one row of a batch. images: of every row, opened."""
+    first = sum(len(row) for row in images[:b])
+    own = {"input_ids": answers.inputs["input_ids"][b : b + 1].cpu()}
+    for name, value in answers.inputs.items():
+        if name in ("image_grid_thw", "pixel_values"):  # one for each image, of all rows
+            own[name] = value[first : first + len(images[b])].cpu()
+        elif name in ("batch_num_images", "aspect_ratio_mask"):
+            own[name] = value[b : b + 1].cpu()
+    try:
+        boxes, image = families.cells(checkpoint.model.config, checkpoint.processor, own, images[b])
+    except ValueError as error:
+        return Places(None, None, str(error))
+    return Places(np.asarray(boxes, dtype=float), np.asarray(image))
+
+
+def border(place: Places) -> np.ndarray | None:
+    """Visual tokens on the border of their image: bool [V]; None where places are not known."""
+    if not place.known:
+        return None
+    edge = np.zeros(len(place.boxes), dtype=bool)
+    for image in np.unique(place.image):
+        mine = place.image == image
+        low, high = np.nanmin(place.boxes[mine], axis=0), np.nanmax(place.boxes[mine], axis=0)
+        near = np.isclose(place.boxes[:, :2], low[:2]).any(1) | np.isclose(place.boxes[:, 2:], high[2:]).any(1)
+        edge |= mine & near
+    return edge
+
+
+def heatmap(
+    images: Sequence[Image.Image],
+    question: str,
+    pieces: Sequence[str],
+    attention: np.ndarray,
+    place: Places,
+    stage: str = "",
+    truth: str = "",
+) -> HeatmapSample:
+    """A sample's pictures: pieces of the response [S], each with its attention [S, V] to the visual tokens.
+
+    Several images stand side by side in one picture. A token without a place is not drawn.
+    """
+    height = max(image.height for image in images)
+    widths = [round(image.width * height / image.height) for image in images]
+    edges = np.cumsum([0, *widths]) / sum(widths)
+    picture = images[0]
+    if len(images) > 1:
+        picture = Image.new("RGB", (sum(widths), height))
+        for image, width, left in zip(images, widths, edges, strict=False):
+            picture.paste(image.resize((width, height)), (round(left * sum(widths)), 0))
+    boxes = place.boxes.copy()
+    span = np.diff(edges)[place.image]
+    boxes[:, [0, 2]] = edges[place.image][:, None] + boxes[:, [0, 2]] * span[:, None]
+    placed = np.isfinite(boxes).all(1)
+    grids = rasterise(boxes[placed], attention[:, placed])
+    return HeatmapSample(picture, question, list(zip(pieces, grids, strict=True)), stage=stage, truth=truth)
+
+
+def rasterise(boxes: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Each token's weight spread evenly over its box: boxes [V, 4], weights [S, V] -> [S, rows, columns], same sums."""
+
+    def overlap(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        cells = min(FINEST, int(np.ceil(1 / (high - low).min() - 1e-6)))
+        edges = np.linspace(0, 1, cells + 1)
+        shared = np.minimum(high[:, None], edges[1:]) - np.maximum(low[:, None], edges[:-1])
+        shared = shared.clip(min=0)
+        return shared / shared.sum(1, keepdims=True)
+
+    across, down = overlap(boxes[:, 0], boxes[:, 2]), overlap(boxes[:, 1], boxes[:, 3])
+    return np.einsum("sv,vr,vc->src", weights, down, across)
 
 
 def heatmap_sample(checkpoint: Checkpoint, row: pd.Series, max_new_tokens: int, stage: str = "") -> HeatmapSample:
-    """The greedy response to one row with a single image, cut into sentences, with each one's attention to the cells.
-
-    Uses the full attention map of one sequence (eager attention): for pictures, not for measuring.
-    """
+    """The greedy response to one row in verl's format, cut into sentences, with each one's attention to the image."""
     images = open_images(row["images"])
     answers = answer(checkpoint, [list(row["prompt"])], [images], max_new_tokens)
-    cells = attention_to_cells(checkpoint, answers)
-    written = answers.inputs["input_ids"][0, answers.prompt_length :]
-    steps, position = [], 0
-    for sentence in sentences([checkpoint.tokenizer.decode([i]) for i in written.tolist()][: len(cells)]):
-        steps.append(("".join(sentence), cells[position : position + len(sentence)].mean(axis=0)))
-        position += len(sentence)
-    question = row["prompt"][-1]["content"].replace(IMAGE_PLACEHOLDER, "").strip()
-    truth = row["reward_model"]["ground_truth"]
-    return HeatmapSample(images[0], question, steps, stage=stage, truth=str(truth))
+    place = places(checkpoint, answers, 0, [images])
+    if not place.known:
+        raise ValueError(place.problem)
+    (result,) = measure(checkpoint, answers, "response", follow=[0])
+    written = answers.inputs["input_ids"][0][answers.roles[0] == Role.RESPONSE].tolist()
+    pieces = sentences([checkpoint.tokenizer.decode([i]) for i in written])
+    attention = by_piece(result.steps, pieces)
+    user = conversation(list(row["prompt"]))[-1]
+    question = "".join(part.get("text", "") for part in user["content"]).strip()
+    truth = str(row["reward_model"]["ground_truth"])
+    return heatmap(images, question, ["".join(p) for p in pieces], attention, place, stage, truth)
 
 
-@torch.no_grad()
-def attention_to_cells(checkpoint: Checkpoint, answers: Answers) -> np.ndarray:
-    """Attention of each response query to each cell of the image, mean over layers and heads.
-
-    answers: a batch of one with one image. Returns [n, rows, columns] in [0, 1]; a cell is one visual token.
-    """
-    (grid,) = answers.inputs["image_grid_thw"].tolist()
-    merge = checkpoint.model.config.vision_config.spatial_merge_size
-    set_attention(checkpoint.model, "avar_eager")
-    try:
-        maps = checkpoint.model(**answers.inputs, output_attentions=True).attentions
-    finally:
-        set_attention(checkpoint.model, "avar_sdpa")
-    mean = torch.stack([layer[0].mean(dim=0) for layer in maps]).mean(dim=0)  # [T, T]
-    to_image = mean[query_mask(answers.roles, "response")[0]][:, answers.roles[0] == Role.VISUAL]
-    return to_image.reshape(-1, grid[1] // merge, grid[2] // merge).float().numpy()
+def by_piece(steps: np.ndarray, pieces: Sequence[Sequence[str]]) -> np.ndarray:
+    """Means of the response tokens' rows [n, V] over each piece: [S, V]."""
+    ends = np.cumsum([len(piece) for piece in pieces])
+    return np.stack([steps[end - len(piece) : end].mean(axis=0) for piece, end in zip(pieces, ends, strict=True)])
 
 
 def sentences(tokens: list[str]) -> list[list[str]]:

@@ -1,0 +1,236 @@
+"""`avar vas` from a checkpoint and rows to numbers, files and exit status, on the shipped miniature."""
+
+import io
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from verl_avar.attention import reference
+from verl_avar.attention.hf import set_attention
+from verl_avar.cli import main
+from verl_avar.evaluation.answer import answer, answer_masses, given
+from verl_avar.evaluation.checkpoint import load_checkpoint
+from verl_avar.evaluation.heatmap import rasterise
+from verl_avar.evaluation.measure import measure
+from verl_avar.evaluation.rows import read_rows
+from verl_avar.evaluation.vas_command import layer_list
+from verl_avar.miniature import base_path
+from verl_avar.miniature.data import write_eval
+from verl_avar.roles import Role, query_mask
+from verl_avar.vas import EPS, Vas
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_eval(tmp_path_factory.mktemp("rows") / "eval.parquet", 2, seed=3)
+
+
+@pytest.fixture(scope="module")
+def rows(data):
+    return read_rows(data)
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    return load_checkpoint(base_path())
+
+
+@pytest.fixture(scope="module")
+def answers(checkpoint, rows):
+    return answer(checkpoint, [r.messages for r in rows[:3]], [r.images for r in rows[:3]], max_new_tokens=10)
+
+
+@pytest.fixture(scope="module")
+def maps(checkpoint, answers):
+    """Eager attention maps [L, B, H, T, T], the oracle."""
+    set_attention(checkpoint.model, "avar_eager")
+    with torch.no_grad():
+        found = torch.stack(checkpoint.model(**answers.inputs, output_attentions=True).attentions)
+    set_attention(checkpoint.model, "avar_sdpa")
+    return found
+
+
+def avar_vas(*arguments) -> int:
+    return main(["vas", "--model", str(base_path()), "--max-new-tokens", "8", *map(str, arguments)])
+
+
+def test_every_figure_of_a_sample_equals_the_full_map(checkpoint, answers, maps):
+    border = np.array([True] * 4 + [False] + [True] * 4)  # of 3 × 3 cells
+    results = measure(checkpoint, answers, sink_share=0.05, borders=[border] * 3, follow=[1])
+    layers = maps.shape[0]
+    for b, result in enumerate(results):
+        roles = answers.roles[b]
+        visual = roles == Role.VISUAL
+        for record in result.scopes:
+            asked = query_mask(answers.roles[b : b + 1], record["scope"])[0]
+            rows = maps[:, b, :, asked].double()
+            mass = {r: rows[..., roles == r].sum(-1) for r in (Role.VISUAL, Role.SYSTEM, Role.USER, Role.RESPONSE)}
+            ratio = mass[Role.VISUAL] / (mass[Role.SYSTEM] + EPS)
+            assert record["vas"] == pytest.approx(ratio.mean(-1).flatten().tolist(), rel=1e-4)
+            for name, role in (("visual", Role.VISUAL), ("user", Role.USER), ("response", Role.RESPONSE)):
+                assert record[name] == pytest.approx(mass[role].mean(-1).flatten().tolist(), abs=1e-5)
+            inner = rows[..., visual][..., torch.from_numpy(~border)].sum(-1)
+            assert record["border_free_vas"] == pytest.approx(
+                float((inner / (mass[Role.SYSTEM] + EPS)).mean()), rel=1e-4
+            )
+            assert record["border_free_head_mean"] == pytest.approx(
+                float((inner.mean(1) / (mass[Role.SYSTEM].mean(1) + EPS)).mean()), rel=1e-4
+            )
+            assert record["border_share"] == pytest.approx(1 - float(inner.sum() / mass[Role.VISUAL].sum()), rel=1e-4)
+    asked = query_mask(answers.roles[1:2], "response")[0]
+    steps = maps[:, 1][:, :, asked][..., answers.roles[1] == Role.VISUAL].mean((0, 1))
+    np.testing.assert_allclose(results[1].steps, steps.numpy(), atol=1e-5)
+    assert results[0].steps is None and layers == len(results[0].layers)
+
+
+def test_the_summary_is_the_vas_of_the_library(tmp_path, checkpoint, rows, data, capsys):
+    assert avar_vas("--data", data, "--out", tmp_path / "out", "--batch-size", 3, "--pictures", 2) == 0
+    result = json.loads((tmp_path / "out/vas.json").read_text())
+    table = capsys.readouterr().out
+    vas = {scope: Vas(scope) for scope in ("user", "response")}
+    for row in rows:
+        one = answer(checkpoint, [row.messages], [row.images], max_new_tokens=8)
+        record = answer_masses(checkpoint, one)
+        for each in vas.values():
+            each.add(record.mass(Role.VISUAL), record.mass(Role.SYSTEM), one.roles)
+    for scope, expected in vas.items():
+        found, summary = result["scopes"][scope], expected.summary()
+        assert found["vas"] == pytest.approx(summary["paper"], rel=1e-3)
+        assert found["head_mean"] == pytest.approx(summary["head_mean"], rel=1e-4)
+        assert found["median"] == pytest.approx(summary["median"], rel=1e-4)
+        assert found["mass"]["visual"] == pytest.approx(summary["mass"]["visual"], rel=1e-4)
+        low, high = found["head_mean_interval"]
+        assert low <= found["head_mean"] <= high
+        assert (found["samples"], found["skipped"], found["queries"]) == (len(rows), 0, summary["queries"])
+    assert result["scopes"]["user"]["class"] in ("narrow", "wide", "panoramic")
+    assert result["samples"] == len(rows) and not result["failed"]
+    heads = pd.read_parquet(tmp_path / "out/vas.parquet")
+    assert len(heads) == len(rows) * 2 * len(result["layers"]) * result["heads"]
+    assert {"id", "scope", "layer", "head", "queries", "vas", "visual_mass", "system_mass"} <= set(heads)
+    assert (tmp_path / "out/index.html").stat().st_size > 10_000 and "VAS" in table
+    assert len(list((tmp_path / "out/figures").glob("*.png"))) >= 4
+
+
+def test_given_responses_measure_as_generated_ones(checkpoint, rows):
+    row = rows[0]
+    own = answer(checkpoint, [row.messages], [row.images], max_new_tokens=30)
+    (text,) = own.texts
+    told = given(checkpoint, [row.messages], [row.images], [text])
+    assert told.texts == own.texts
+    n = told.inputs["input_ids"].shape[1]
+    if own.inputs["input_ids"].shape[1] == n:  # ended by itself, with its end marker
+        assert torch.equal(told.inputs["input_ids"], own.inputs["input_ids"]) and torch.equal(told.roles, own.roles)
+    else:
+        assert torch.equal(told.inputs["input_ids"][:, : n - 1], own.inputs["input_ids"])
+
+
+def test_a_rerun_measures_only_what_is_missing(tmp_path, data, monkeypatch):
+    out = tmp_path / "out"
+    assert avar_vas("--data", data, "--out", out, "--max-samples", 3, "--batch-size", 2) == 0
+    before = {p.name: p.stat().st_mtime_ns for p in (out / "parts").iterdir()}
+    assert sorted(before) == ["00000000.parquet", "00000002.parquet"]
+    assert avar_vas("--data", data, "--out", out) == 0
+    after = {p.name: p.stat().st_mtime_ns for p in (out / "parts").iterdir()}
+    assert all(after[name] == time for name, time in before.items()) and len(after) == 2 + 5
+    whole = json.loads((out / "vas.json").read_text())
+    assert avar_vas("--data", data, "--out", tmp_path / "fresh") == 0
+    fresh = json.loads((tmp_path / "fresh/vas.json").read_text())
+    assert whole["scopes"]["response"]["head_mean"] == pytest.approx(fresh["scopes"]["response"]["head_mean"], rel=1e-4)
+
+
+def test_other_settings_do_not_mix_with_what_is_there(tmp_path, data, capsys):
+    out = tmp_path / "out"
+    assert avar_vas("--data", data, "--out", out, "--max-samples", 1, "--scope", "user") == 0
+    assert avar_vas("--data", data, "--out", out, "--max-samples", 1, "--layers", "0") == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "layers: None there, [0] asked for" in line and "scope: user there, both asked for" in line
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").write_text("…")
+    assert avar_vas("--data", data, "--out", tmp_path / "mine") == 2
+    assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == ["thesis.tex"]
+
+
+def png(image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_bad_rows_are_named_and_counted_and_take_no_other_with_them(tmp_path, capsys):
+    fine = png(Image.new("RGB", (84, 84), "red"))
+    user = "<image>What colour?"
+    frame = pd.DataFrame(
+        {
+            "id": ["fine", "broken", "tiny", "text", "long", "marker", "rgba"],
+            "question": [user, user, user, "no image", "<image>" + "what colour " * 400, user + "<|image_pad|>", user],
+            "images": [
+                [fine],
+                [fine[:50]],
+                [png(Image.new("RGB", (1, 1)))],
+                [],
+                [fine],
+                [fine],
+                [png(Image.new("RGBA", (90, 60), (0, 0, 0, 0)))],
+            ],
+        }
+    )
+    frame.to_parquet(tmp_path / "rows.parquet")
+    out = tmp_path / "out"
+    assert avar_vas("--data", tmp_path / "rows.parquet", "--out", out, "--batch-size", 4, "--system", "Look.") == 0
+    result = json.loads((out / "vas.json").read_text())
+    failed = {f["row"]: f["reason"] for f in result["failed"]}
+    assert {"broken", "long", "marker"} <= set(failed) <= {"broken", "long", "marker", "tiny"}
+    assert "context" in failed["long"] and "\n" not in "".join(failed.values())
+    assert [s["row"] for s in result["skipped"]] == ["text"]
+    assert result["samples"] == 7 - len(failed) - 1
+    assert avar_vas("--data", tmp_path / "rows.parquet", "--out", tmp_path / "strict", "--strict") == 2
+    assert "row broken" in capsys.readouterr().err
+
+
+def test_without_a_system_turn_there_are_masses_but_no_vas(tmp_path, checkpoint):
+    Image.new("RGB", (84, 84), "red").save(tmp_path / "a.png")
+    assert avar_vas("--data", tmp_path, "--question", "What colour?", "--out", tmp_path / "out") == 0
+    result = json.loads((tmp_path / "out/vas.json").read_text())
+    scope = result["scopes"]["user"]
+    assert scope["vas"] is None and scope["class"] is None and 0 < scope["mass"]["visual"] < 1
+    assert (scope["samples"], scope["skipped"]) == (0, 1)
+    assert any("--system" in note for note in result["notes"])
+
+
+def test_what_cannot_be_measured_is_one_line_and_status_2(tmp_path, data, capsys):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tiny = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    LlamaForCausalLM(LlamaConfig(**tiny)).save_pretrained(tmp_path / "llama")
+    for model, source, words in (
+        (tmp_path / "llama", data, "no vision-language model for LlamaConfig"),
+        (tmp_path / "nowhere", data, "nowhere"),
+        (base_path(), tmp_path / "none.jsonl", "no such file"),
+    ):
+        assert main(["vas", "--model", str(model), "--data", str(source), "--out", str(tmp_path / "out")]) == 2
+        err = capsys.readouterr().err.strip().splitlines()
+        assert err[-1].startswith("avar vas: ") and words in err[-1]
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_layer_that_the_model_lacks_is_an_error(tmp_path, data, capsys):
+    assert avar_vas("--data", data, "--out", tmp_path / "out", "--layers", "0,77") == 2
+    assert "77" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_layer_lists():
+    assert layer_list("0,4,8-11") == [0, 4, 8, 9, 10, 11]
+    with pytest.raises(Exception, match="no list of layers"):
+        layer_list("a-b")
+
+
+def test_a_token_spreads_its_weight_over_its_box():
+    boxes = np.array([[0, 0, 0.5, 1], [0.5, 0, 1, 0.5], [0.5, 0.5, 1, 1]])
+    (grid,) = rasterise(boxes, np.array([[0.4, 0.2, 0.1]]))
+    np.testing.assert_allclose(grid, [[0.2, 0.2], [0.2, 0.1]])
+    uneven = np.array([[0, 0, 1 / 3, 1], [1 / 3, 0, 1, 1]])
+    np.testing.assert_allclose(rasterise(uneven, np.ones((1, 2))).sum(), 2)

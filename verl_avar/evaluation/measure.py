@@ -1,0 +1,123 @@
+"""VAS and attention masses of a batch of answers, sample by sample, in one forward pass."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from verl_avar import families
+from verl_avar.attention.hf import probe
+from verl_avar.evaluation.answer import Answers
+from verl_avar.evaluation.checkpoint import Checkpoint
+from verl_avar.evaluation.visual_tokens import VisualTokens, without
+from verl_avar.roles import Role, query_mask
+from verl_avar.vas import sample_vas
+
+ROLES = (Role.VISUAL, Role.SYSTEM, Role.USER, Role.RESPONSE)
+SCOPES = {"user": ("user",), "response": ("response",), "both": ("user", "response")}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One sample."""
+
+    scopes: list[dict]  # a record for each scope with queries: see `_record`
+    layers: list[int]
+    steps: np.ndarray | None  # [n, V], where each response query looks, of a followed sample
+    problem: str | None = None  # why there is nothing to measure
+
+
+@torch.no_grad()
+def measure(
+    checkpoint: Checkpoint,
+    answers: Answers,
+    scope: str = "both",
+    layers: Sequence[int] | None = None,
+    sink_share: float = 0.05,
+    borders: Sequence[np.ndarray | None] | None = None,
+    follow: Sequence[int] = (),
+) -> list[Measured]:
+    """Measures every sample of a batch.
+
+    scope: user, response or both. layers: those to measure, all by default. borders: for each sample, which visual
+    tokens lie on the border of their image (bool [V]), where that is known. follow: samples whose response is followed
+    token by token over the image.
+    """
+    scopes, roles = SCOPES[scope], answers.roles
+    # The pictures of a cross-attention model are not tokens of the sequence: no sinks, no borders.
+    within = not families.has_cross_attention(checkpoint.model)
+    tokens = VisualTokens(roles, scopes, ROLES.index(Role.SYSTEM), follow)
+    asked = query_mask(roles, "+".join(scopes))
+    with probe(roles, queries=asked, layers=layers, of=ROLES, visual=tokens if within or follow else None) as record:
+        checkpoint.model(**answers.inputs, **last_logits_only(checkpoint.model))
+    masses, measured_layers = families.masses(checkpoint.model, record, ROLES)
+    results = []
+    for b in range(roles.shape[0]):
+        if not (roles[b] == Role.VISUAL).any():
+            results.append(Measured([], measured_layers, None, "no image"))
+            continue
+        records = []
+        for name in scopes:
+            queries = query_mask(roles[b : b + 1], name)[0]
+            if not queries.any():
+                continue
+            records.append(_record(name, masses[:, b, :, queries], (roles[b] == Role.SYSTEM).any()))
+            if within:
+                border = borders[b] if borders is not None else None
+                records[-1] |= _sinks(tokens, b, name, sink_share, border, records[-1], len(measured_layers))
+        problem = None if records else f"no queries in the {scope} scope"
+        results.append(Measured(records, measured_layers, tokens.steps(b) if b in follow else None, problem))
+    return results
+
+
+def last_logits_only(model: torch.nn.Module) -> dict[str, int]:
+    """Keyword arguments of a forward pass whose logits nobody reads: vocabularies are large."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
+def _record(scope: str, masses: torch.Tensor, has_system: bool) -> dict:
+    """One sample in one scope as plain lists. masses: [L, H, n, R] of its queries.
+
+    Without a system turn there is no VAS: `vas`, `head_mean` and `by_query` are None.
+    """
+    visual, system, user, response = masses.double().unbind(-1)
+    vas = sample_vas(visual, system)
+    by_position = torch.stack([visual, system, user, response]).mean((1, 2)).float()  # [4, n]
+    return {
+        "scope": scope,
+        "queries": vas.queries,
+        "vas": vas.ratio.flatten().tolist() if has_system else None,
+        "visual": vas.visual.flatten().tolist(),
+        "system": vas.system.flatten().tolist(),
+        "user": user.mean(-1).flatten().tolist(),
+        "response": response.mean(-1).flatten().tolist(),
+        "head_mean": vas.head_mean.tolist() if has_system else None,
+        "by_query": vas.by_query.float().tolist() if has_system else None,
+        "positions": by_position.tolist(),
+    }
+
+
+def _sinks(
+    tokens: VisualTokens, b: int, scope: str, share: float, border: np.ndarray | None, record: dict, layers: int
+) -> dict:
+    """Figures without the sample's sinks, and without the visual tokens on its border."""
+    sums, sinks = tokens.sums(b, scope), tokens.sinks(b, share)
+    total = float(sums.mass.sum()) or 1.0
+
+    def figures(name: str, dropped: np.ndarray) -> dict:
+        rest = without(sums, ~dropped, layers, record["queries"])
+        if record["vas"] is None:
+            rest |= {"vas": None, "head_mean": None}
+        taken = float(sums.mass[torch.from_numpy(dropped)].sum()) / total
+        return {f"{name}_tokens": int(dropped.sum()), f"{name}_share": taken} | {
+            f"{name}_free_{key}": value for key, value in rest.items()
+        }
+
+    found = figures("sink", sinks)
+    if border is not None:
+        found |= figures("border", border)
+    return found

@@ -1,0 +1,218 @@
+"""`avar vas`: its options, and the run from a checkpoint and a data file to table, figures and page."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `avar vas`."""
+    parser.add_argument("--model", required=True, help="checkpoint: a folder, or a name in the local hub cache")
+    parser.add_argument("--data", required=True, help=".parquet or .jsonl of image questions, or a folder of images")
+    parser.add_argument("--question", help="the question to ask of images that have none of their own")
+    parser.add_argument("--system", help="a system message for rows that have none (without one there is no VAS)")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the results (default: runs/vas/MODEL); a rerun goes on there"
+    )
+    parser.add_argument(
+        "--scope",
+        choices=("user", "response", "both"),
+        default="both",
+        help="whose attention: the user's tokens after the image (the paper's VAS), the response's, or both (default)",
+    )
+    parser.add_argument("--layers", type=layer_list, help="layers to measure, such as 0,4,8-11 (default: all)")
+    parser.add_argument("--max-samples", type=positive, help="measure the first N rows only")
+    parser.add_argument("--max-new-tokens", type=positive, default=512, help="of a response that is not in the data")
+    parser.add_argument("--batch-size", type=positive, default=1)
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+        help="auto: float32 on a CPU, the checkpoint's own on a GPU",
+    )  # fmt: skip
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
+    parser.add_argument("--pictures", type=int, default=4, help="samples whose response is followed over the image")
+    parser.add_argument(
+        "--sink-share", type=share, default=0.05,
+        help="a visual token is a sink above this share of the visual mass (and 5 times an even part of it)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--compare", action="append", default=[], metavar="DIR",
+        help="results of another checkpoint to put beside these in the table; may be given again",
+    )  # fmt: skip
+    parser.add_argument("--strict", action="store_true", help="stop at the first row that can't be measured")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs `avar vas`; returns the exit status: 0, 1 where nothing could be measured, 2 for bad input."""
+    try:
+        others = [read_result(path) for path in arguments.compare]
+        result, out = measure_checkpoint(arguments)
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"avar vas: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    from verl_avar.report.vas_page import print_vas
+
+    print_vas([*others, result])
+    print(f"{out / 'index.html'}")
+    return 0 if result["samples"] else 1
+
+
+def measure_checkpoint(arguments: argparse.Namespace) -> tuple[dict, Path]:
+    """Measures what the options ask for and writes everything into the output folder: (vas.json, folder)."""
+    from verl_avar.evaluation.partial import begin, fingerprint
+    from verl_avar.evaluation.rows import read_rows
+
+    started = time.monotonic()
+    model = arguments.model if not Path(arguments.model).exists() else str(Path(arguments.model))
+    out = arguments.out or Path("runs/vas") / Path(model).name
+    rows = read_rows(arguments.data, arguments.question, arguments.system, arguments.max_samples)
+
+    import torch
+    from rich.console import Console
+    from rich.progress import track
+    from transformers.utils.logging import disable_progress_bar
+
+    from verl_avar.evaluation.checkpoint import load_checkpoint
+    from verl_avar.evaluation.vas_run import Settings, check_model, measure_rows
+
+    disable_progress_bar()
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = arguments.dtype
+    if dtype == "auto" and torch.device(device).type == "cpu":
+        dtype = "float32"
+    settings = Settings(arguments.scope, arguments.layers, arguments.max_new_tokens, arguments.sink_share)
+    checkpoint = load_checkpoint(model, dtype=dtype if dtype == "auto" else getattr(torch, dtype), device=device)
+    check_model(checkpoint, settings.layers)
+    begin(
+        out,
+        {
+            "command": "avar vas",
+            "model": model,
+            "model_files": fingerprint(model),
+            "data": str(arguments.data),
+            "data_files": fingerprint(arguments.data),
+            "question": arguments.question,
+            "system": arguments.system,
+            "dtype": str(checkpoint.model.dtype).removeprefix("torch."),
+            **vars(settings),
+        },
+    )
+
+    console = Console(stderr=True)
+
+    def progress(batches, size):
+        return track(batches, description="measuring", console=console, transient=True)
+
+    outcome = measure_rows(
+        checkpoint,
+        rows,
+        settings,
+        out / "parts",
+        batch_size=arguments.batch_size,
+        pictures=arguments.pictures,
+        strict=arguments.strict,
+        progress=progress,
+    )
+    return finish(checkpoint, arguments, rows, settings, outcome, out, time.monotonic() - started), out
+
+
+def finish(checkpoint, arguments, rows, settings, outcome, out: Path, seconds: float) -> dict:
+    """vas.json, vas.parquet, figures and page from the parts on disk."""
+    import pandas as pd
+
+    from verl_avar import families
+    from verl_avar.evaluation.partial import write_parquet, write_text
+    from verl_avar.evaluation.vas_run import overlays
+    from verl_avar.evaluation.vas_summary import by_head, summarise
+    from verl_avar.report.vas_page import render_vas
+
+    parts = sorted((out / "parts").glob("*.parquet"))
+    if not parts:
+        reasons = [f["reason"] for f in outcome.failed + outcome.skipped]
+        raise ValueError(f"none of {len(rows)} rows could be measured; first: row {rows[0].id}: {reasons[0]}")
+    table = pd.concat([pd.read_parquet(part) for part in parts], ignore_index=True)
+    table = table[table["number"] < len(rows)].sort_values("number")
+    crossed = families.has_cross_attention(checkpoint.model)
+    result = {
+        "schema": 1,
+        "model": arguments.model,
+        "model_type": checkpoint.model.config.model_type,
+        "data": str(arguments.data),
+        "dtype": str(checkpoint.model.dtype).removeprefix("torch."),
+        "layers": [int(layer) for layer in table["layers"].iloc[0]],
+        "heads": int(table["heads"].iloc[0]),
+        "samples": int(table["number"].nunique()),
+        "planned": len(rows),
+        "failed": outcome.failed,
+        "skipped": outcome.skipped,
+        "seconds": seconds,
+        "notes": notes(table, outcome, crossed),
+        **summarise(table, classes=not crossed, sink_share=settings.sink_share),
+    }
+    write_text(out / "vas.json", json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False))
+    write_parquet(out / "vas.parquet", by_head(table))
+    kept = ["id", "question", "answer", "response", "prompt_tokens", "response_tokens", "visual_tokens"]
+    write_parquet(out / "samples.parquet", table.drop_duplicates("number")[kept])
+    render_vas(result, overlays(table, rows), out)
+    return result
+
+
+def notes(table, outcome, crossed: bool) -> list[str]:
+    """What a reader of the figures must know."""
+    said = []
+    if crossed:
+        said.append(
+            "The image enters through cross-attention: visual mass is the gated mass of the cross-attention layers, to "
+            "be compared between checkpoints of this architecture only; the paper's classes do not apply."
+        )
+    without = int(table.drop_duplicates("number")["vas"].isna().sum())
+    if without:
+        said.append(f"{without} samples have no system turn, so no VAS; --system TEXT gives them one.")
+    if outcome.skipped:
+        said.append(f"{len(outcome.skipped)} rows have no image and were left out.")
+    return said
+
+
+def read_result(path: str | Path) -> dict:
+    """`vas.json` of a finished run, by its file or folder. Raises OSError or ValueError, with the path."""
+    path = Path(path)
+    path = path / "vas.json" if path.is_dir() else path
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(result, dict) or result.get("schema") != 1 or "scopes" not in result:
+        raise ValueError(f"{path}: not a vas.json of this version of avar")
+    return result
+
+
+def layer_list(text: str) -> list[int]:
+    """Layers written as 0,4,8-11."""
+    layers: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if not first.strip().isdecimal() or (last and not last.strip().isdecimal()):
+            raise argparse.ArgumentTypeError(f"'{text}' is no list of layers such as 0,4,8-11")
+        layers |= set(range(int(first), int(last or first) + 1))
+    return sorted(layers)
+
+
+def positive(text: str) -> int:
+    """A count of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no positive number")
+    return int(text)
+
+
+def share(text: str) -> float:
+    """A number above 0 and below 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no share between 0 and 1")
+    return value

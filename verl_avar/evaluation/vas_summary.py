@@ -1,0 +1,181 @@
+"""The summary of measured samples: `vas.json`, and the table per sample × scope × layer × head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+
+from verl_avar.vas import SampleVas, Vas, vas_class
+
+ROLES = ("visual", "system", "user", "response")
+RESAMPLES = 2000
+
+
+def summarise(table: pd.DataFrame, *, classes: bool, sink_share: float, seed: int = 0) -> dict:
+    """`scopes`, `positions` and `decay` of vas.json from the records of all parts (see measure.py).
+
+    classes: whether the paper's classes apply (self-attention models).
+    """
+    scopes = {}
+    for name in ("user", "response"):
+        if len(part := table[table["scope"] == name]):
+            scopes[name] = _scope(part, classes and name == "user", sink_share, seed)
+    response = table[table["scope"] == "response"]
+    return {"scopes": scopes, "positions": _positions(response), "decay": _decay(response)}
+
+
+def by_head(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per sample × scope × layer × head."""
+    frames = []
+    for record in table.to_dict("records"):
+        layers, heads = np.array(record["layers"]), record["heads"]
+        columns = {
+            "id": record["id"],
+            "scope": record["scope"],
+            "layer": np.repeat(layers, heads),
+            "head": np.tile(np.arange(heads), len(layers)),
+            "queries": record["queries"],
+            "vas": np.nan if record["vas"] is None else np.array(record["vas"]),
+        }
+        frames.append(pd.DataFrame(columns | {f"{role}_mass": np.array(record[role]) for role in ROLES}))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _scope(part: pd.DataFrame, classed: bool, sink_share: float, seed: int) -> dict:
+    layers, heads = len(part["layers"].iloc[0]), int(part["heads"].iloc[0])
+
+    def grid(values) -> torch.Tensor:
+        return torch.tensor(np.array(values), dtype=torch.float64).view(layers, heads)
+
+    vas, scored = Vas(str(part["scope"].iloc[0])), part[part["vas"].notna()]
+    for record in scored.to_dict("records"):
+        vas.add_sample(
+            SampleVas(
+                record["queries"],
+                grid(record["vas"]),
+                grid(record["visual"]),
+                grid(record["system"]),
+                torch.tensor(np.array(record["head_mean"]), dtype=torch.float64),
+                torch.tensor(np.array(record["by_query"]), dtype=torch.float64),
+            )
+        )
+    weights = part["queries"].to_numpy(float)
+    heads_mass = {
+        role: np.average(np.stack(part[role].map(np.array)), axis=0, weights=weights).reshape(layers, heads)
+        for role in ROLES
+    }
+    summary = vas.summary() if vas.queries else {"paper": None, "head_mean": None, "median": None, "by_layer": None}
+    paper = vas.by_head if vas.queries else None
+    of_sample = {key: [float(np.mean(v)) for v in scored[key]] for key in ("vas", "head_mean")}
+    return {
+        "vas": summary["paper"],
+        "class": vas_class(summary["paper"]) if classed and vas.queries else None,
+        "interval": _interval(of_sample["vas"], scored["queries"], seed),
+        "head_mean": summary["head_mean"],
+        "head_mean_interval": _interval(of_sample["head_mean"], scored["queries"], seed),
+        "median": summary["median"],
+        "mass": {role: float(mass.mean()) for role, mass in heads_mass.items()},
+        "by_layer": {
+            "vas": None if paper is None else paper.mean(1).tolist(),
+            "head_mean": summary["by_layer"],
+            "visual": heads_mass["visual"].mean(1).tolist(),
+            "system": heads_mass["system"].mean(1).tolist(),
+        },
+        "by_head": {
+            "vas": None if paper is None else paper.tolist(),
+            "visual": heads_mass["visual"].tolist(),
+            "system": heads_mass["system"].tolist(),
+        },
+        "samples": len(scored),
+        "skipped": len(part) - len(scored),
+        "queries": int(part["queries"].sum()),
+        "sinks": _sinks(part, sink_share),
+    }
+
+
+def _sinks(part: pd.DataFrame, share: float) -> dict | None:
+    """Means over the samples (each by its queries) of the figures without sinks and without border tokens."""
+    if "sink_share" not in part or part["sink_share"].isna().all():
+        return None
+
+    def mean(column: str) -> float | None:
+        if column not in part:
+            return None
+        known = part[part[column].notna()]
+        return float(np.average(known[column], weights=known["queries"])) if len(known) else None
+
+    return {
+        "share": share,
+        "tokens": mean("sink_tokens"),
+        "mass_share": mean("sink_share"),
+        "vas": mean("sink_free_vas"),
+        "head_mean": mean("sink_free_head_mean"),
+        "visual": mean("sink_free_visual"),
+        "border_share": mean("border_share"),
+        "no_border_vas": mean("border_free_vas"),
+        "no_border_head_mean": mean("border_free_head_mean"),
+        "no_border_visual": mean("border_free_visual"),
+    }
+
+
+def _positions(response: pd.DataFrame) -> dict | None:
+    """Mean masses by position in the response, over the samples that reach it."""
+    if response.empty:
+        return None
+    longest = int(response["queries"].max())
+    sums, count = np.zeros((len(ROLES), longest)), np.zeros(longest, dtype=int)
+    for positions in response["positions"]:
+        values = np.stack([np.array(row) for row in positions])
+        sums[:, : values.shape[1]] += values
+        count[: values.shape[1]] += 1
+    ratios, scored = np.zeros(longest), np.zeros(longest, dtype=int)
+    for values in response["by_query"].dropna():
+        ratios[: len(values)] += np.array(values)
+        scored[: len(values)] += 1
+    return {
+        "position": list(range(longest)),
+        "n": count.tolist(),
+        **{role: (row / count).tolist() for role, row in zip(ROLES, sums, strict=True)},
+        "head_mean": [float(r / n) if n else None for r, n in zip(ratios, scored, strict=True)],
+    }
+
+
+def _decay(response: pd.DataFrame) -> dict | None:
+    """Visual mass in the first and the last quarter of the responses of at least eight tokens, and its slope."""
+    first, last, slopes = [], [], []
+    for positions in response["positions"] if len(response) else ():
+        visual = np.array(positions[0])
+        if len(visual) < 8:
+            continue
+        quarter = len(visual) // 4
+        first.append(visual[:quarter].mean())
+        last.append(visual[-quarter:].mean())
+        slopes.append(100 * np.polyfit(np.arange(len(visual)), visual, 1)[0])
+    if not first:
+        return None
+    return {"first": float(np.mean(first)), "last": float(np.mean(last)), "slope_per_100": float(np.mean(slopes))}
+
+
+def _interval(values: Sequence[float], weights: Sequence[float], seed: int) -> list[float] | None:
+    """95 % bootstrap interval, over samples, of the mean weighted by queries; None for fewer than two samples."""
+    from scipy.stats import bootstrap
+
+    if len(values) < 2:
+        return None
+
+    def mean(x, w, axis):
+        return (x * w).sum(axis) / w.sum(axis)
+
+    found = bootstrap(
+        (np.asarray(values, float), np.asarray(weights, float)),
+        mean,
+        paired=True,
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    return [float(found.confidence_interval.low), float(found.confidence_interval.high)]
