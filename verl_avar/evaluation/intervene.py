@@ -11,6 +11,7 @@ compared with the answers without it, sample by sample. arXiv:2603.03825 reports
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections import Counter
@@ -141,14 +142,17 @@ def measure(arguments: argparse.Namespace, backend: Backend | None = None) -> tu
         "data_files": fingerprint(arguments.data),
     } | {name: getattr(arguments, name) for name in ("question", "system", "dtype", "max_new_tokens", "backend")}
     bias = {"layers": arguments.layers, "queries": arguments.queries, "mode": arguments.mode}
+    load = functools.cache(lambda: backend or _transformers(arguments, model, bias, any(p.visual for p in points)))
+    if not (out / "run.json").exists():
+        load()  # what can't be loaded begins nothing
     begin(out, settings | bias)
-    run_tasks = backend or _transformers(arguments, model, bias, any(point.visual for point in points))
     console = Console(stderr=True)
 
     def progress(records, count):
-        return track(records, total=count, description="answering", console=console, transient=True)
+        quiet = not console.is_terminal
+        return track(records, "answering", count, console=console, transient=True, disable=quiet)
 
-    records = sweep(points, kept, out, run_tasks, arguments.strict, progress)
+    records = sweep(points, kept, out, lambda tasks: load()(tasks), arguments.strict, progress)
     table = judged(points, kept, records, scorer)
     results = summarise(table, points, arguments.seed) | {"settings": settings | bias, "rows": len(rows)}
     results["left_out"] = left_out
@@ -174,26 +178,20 @@ def _scorer(arguments: argparse.Namespace) -> Scorer:
 
 
 def _transformers(arguments: argparse.Namespace, model: str, bias: dict, visual: bool) -> Backend:
-    """The backend on transformers; the checkpoint is loaded when the first task comes."""
+    """The backend on transformers, with the checkpoint loaded and checked."""
+    import torch
+    from transformers.utils.logging import disable_progress_bar
 
-    def run_tasks(tasks):
-        import torch
-        from transformers.utils.logging import disable_progress_bar
+    from verl_avar.evaluation import sweep_transformers
+    from verl_avar.evaluation.checkpoint import load_checkpoint
 
-        from verl_avar.evaluation import sweep_transformers
-        from verl_avar.evaluation.checkpoint import load_checkpoint
-        from verl_avar.evaluation.vas_run import check_model
-
-        disable_progress_bar()
-        device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        on_cpu = torch.device(device).type == "cpu"
-        dtype = "float32" if arguments.dtype == "auto" and on_cpu else arguments.dtype
-        checkpoint = load_checkpoint(model, dtype=dtype if dtype == "auto" else getattr(torch, dtype), device=device)
-        check_model(checkpoint, arguments.layers)
-        sweep_transformers.check(checkpoint, visual, arguments.mode)
-        yield from sweep_transformers.backend(checkpoint, bias, arguments.max_new_tokens, arguments.batch_size)(tasks)
-
-    return run_tasks
+    disable_progress_bar()
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_cpu = torch.device(device).type == "cpu"
+    dtype = "float32" if arguments.dtype == "auto" and on_cpu else arguments.dtype
+    checkpoint = load_checkpoint(model, dtype=dtype if dtype == "auto" else getattr(torch, dtype), device=device)
+    sweep_transformers.check(checkpoint, visual, bias)
+    return sweep_transformers.backend(checkpoint, bias, arguments.max_new_tokens, arguments.batch_size)
 
 
 def judged(points: Sequence[Strength], rows: Sequence[tuple[int, Row]], records: dict, scorer: Scorer) -> pd.DataFrame:

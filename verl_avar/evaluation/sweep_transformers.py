@@ -9,11 +9,13 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from verl_avar import families
+from verl_avar.attention.hf import role_bias
 from verl_avar.attention.mass import MASS_ROLES
 from verl_avar.evaluation.answer import Answers, answer, answer_masses, end_tokens
 from verl_avar.evaluation.checkpoint import Checkpoint
 from verl_avar.evaluation.images import open_images
 from verl_avar.evaluation.sweep import Backend, Task
+from verl_avar.evaluation.vas_run import check_model
 from verl_avar.roles import Role, query_mask
 from verl_avar.vas import sample_vas
 
@@ -30,9 +32,14 @@ def backend(checkpoint: Checkpoint, bias: dict, max_new_tokens: int, batch_size:
     return run
 
 
-def check(checkpoint: Checkpoint, visual: bool, mode: str) -> None:
-    """Raises ValueError where a bias of visual keys would change nothing."""
-    if visual and mode == "bias" and families.has_cross_attention(checkpoint.model):
+def check(checkpoint: Checkpoint, visual: bool, bias: dict) -> None:
+    """Raises ValueError where this model can't be biased so, or a bias of visual keys would change nothing, and
+    RuntimeError where it reports no masses.
+    """
+    check_model(checkpoint)
+    with role_bias(checkpoint.model, **bias):
+        pass
+    if visual and bias["mode"] == "bias" and families.has_cross_attention(checkpoint.model):
         raise ValueError(
             f"the image enters {type(checkpoint.model).__name__} through cross-attention, whose keys are all visual: a "
             "bias drops out of the normalised weights; use --mode scale_weights"
