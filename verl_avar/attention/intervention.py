@@ -32,6 +32,7 @@ class _Bias:
         self.only_layers = None if layers is None else frozenset(layers)
         # Other models that run meanwhile (a reference, a draft) are left alone.
         self.modules = {id(module) for module in model.modules()}
+        self.crosses = any(cross_attends(module) for module in model.modules())
         self.positions = Positions(model, queries, roles)
         self.seen: Pass | None = None
 
@@ -68,8 +69,9 @@ class _Bias:
             factors = torch.full((key.shape[0], key.shape[2]), math.exp(self.visual), device=key.device)
             # One factor for all keys drops out of the normalised weights.
             return Effect(factors, rows, self.visual, 0.0, self.mode, drops_out=self.mode == "bias")
+        visual = 0.0 if self.crosses else self.visual  # there the sequence holds a marker, not the image
         roles = self.seen.key_roles(layer, key.shape[2], where).to(key.device)
-        return Effect(key_factors(roles, self.visual, self.system), rows, self.visual, self.system, self.mode)
+        return Effect(key_factors(roles, visual, self.system), rows, visual, self.system, self.mode)
 
 
 def effect_on(module: nn.Module, layer: int, query: torch.Tensor, key: torch.Tensor) -> Effect | None:
@@ -96,8 +98,8 @@ def role_bias(
     model: the model that is called, with an attention of `hf.IMPLEMENTATIONS`, whole, wrapped or compiled (compiled
     code runs eagerly meanwhile). visual, system: β per role; `bias.bias_of` gives them for the paper's α_img, α_sys.
     mode, what is multiplied: `bias` the weights, then normalised (β added to the logits); `scale_weights` the weights,
-    not normalised; `scale_logits` the logits. In a cross-attention layer (`layers.CROSS_ATTENTION`) all keys are
-    visual: `bias` changes nothing there, the other two do.
+    not normalised; `scale_logits` the logits. In a model with cross-attention (`layers.CROSS_ATTENTION`) the keys of
+    those layers are the visual ones, all of them: `bias` drops out there, the other two modes act.
     layers: indices, all by default. With several open, the last one opened that covers a layer acts on it.
     queries: `all`; `text`, all but visual ones; `response`, those that produce response tokens (`roles.query_mask`),
     the last token of each row included, since what may follow it is a response.
