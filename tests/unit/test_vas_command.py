@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from verl_avar.attention import reference
 from verl_avar.attention.hf import set_attention
 from verl_avar.cli import main
 from verl_avar.evaluation.answer import answer, answer_masses, given

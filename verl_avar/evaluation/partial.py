@@ -51,7 +51,7 @@ def write_parquet(path: Path, table: pd.DataFrame) -> None:
 
 
 def fingerprint(path: str | Path) -> str:
-    """What a file or folder holds, in 16 characters: a file by its bytes, a folder by its files' names, sizes and times.
+    """What a path holds, in 16 characters: a file by its bytes, a folder by its files' names, sizes and times.
 
     A name that is no path (a model on the hub) stands for itself.
     """
