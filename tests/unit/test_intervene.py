@@ -6,6 +6,7 @@ import math
 
 import pandas as pd
 import pytest
+from families import build
 
 from verl_avar.attention.bias import MODES
 from verl_avar.attention.positions import QUERIES
@@ -220,6 +221,15 @@ def test_what_is_wrong_is_one_line(data, tmp_path, capsys, more, says):
     err = capsys.readouterr().err
     assert err.startswith("avar intervene: ") and says in err and err.count("\n") == 1
     assert not (tmp_path / "out").exists()  # nothing was begun
+
+
+def test_a_bias_that_changes_nothing_is_an_error_and_the_other_modes_work(data, tmp_path, capsys):
+    """Llama-3.2-Vision: all keys of its cross-attention are visual, and a common factor drops out."""
+    call = words(data, tmp_path / "out", "--model", build("mllama", tmp_path / "mllama"), "--system", "Look.")
+    assert intervene.run(options(*call, "--beta", 1)) == 2
+    assert "use --mode scale_weights" in capsys.readouterr().err
+    assert intervene.run(options(*call, "--beta", 1, "--mode", "scale_weights", "--max-samples", 2)) == 0
+    assert "no shares of 1" in " ".join(capsys.readouterr().out.split())
 
 
 def test_rows_without_answers_are_an_error_that_counts_them(tmp_path, capsys):

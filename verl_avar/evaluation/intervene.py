@@ -247,6 +247,8 @@ def notes(results: dict, default_rules: bool) -> list[str]:
             f"{len(results['broken'])} answers broke (the first: row {first['row']} at {first['point']}: "
             f"{first['reason']}); a rerun tries them again."
         )
+    if results["settings"]["mode"] == "scale_weights":
+        said.append("Scaled weights are not normalised again: under the intervention masses are no shares of 1.")
     if default_rules and not has_math_verify():
         said.append("math-verify is not installed: LaTeX answers were compared as text.")
     return said
