@@ -40,15 +40,27 @@ def bars_height(groups: int, series: int) -> float:
 
 
 def bars(
-    axes: Axes, names: Sequence[str], series: list[tuple[str, str, list[float | None]]], label: Callable[..., str]
+    axes: Axes,
+    names: Sequence[str],
+    series: list[tuple[str, str, list[float | None]]],
+    label: Callable[..., str],
+    intervals: Sequence[Sequence[float] | None] | None = None,
 ) -> None:
-    """Horizontal bars: a group per name, a bar per series (legend, colour, values), its figure written at its end."""
+    """Horizontal bars: a group per name, a bar per series (legend, colour, values), its figure written at its end.
+
+    intervals: [low, high] of each of the first series' values, drawn over its bars.
+    """
     height = 0.8 / len(series)
     for index, (name, colour, values) in enumerate(series):
         rows = [row + (index - (len(series) - 1) / 2) * height for row in range(len(names))]
         lengths = [0 if value is None else value for value in values]
         axes.barh(rows, lengths, height=0.9 * height, color=colour, label=name)
-        for row, length, value in zip(rows, lengths, values, strict=True):
+        for row, length, value, between in zip(
+            rows, lengths, values, (intervals if index == 0 else None) or [None] * len(names), strict=True
+        ):
+            if between is not None:
+                axes.plot(between, [row, row], color=BLACK, linewidth=2, solid_capstyle="butt")
+                length = max(length, between[1])
             axes.annotate(
                 label(value), (length, row), (4, 0), textcoords="offset points", va="center", fontsize=TEXT - 2
             )
@@ -56,8 +68,27 @@ def bars(
     legend(axes, len(series))
 
 
+def stacked(axes: Axes, names: Sequence[str], parts: list[tuple[str, str, Sequence[float]]]) -> None:
+    """A horizontal bar per name, divided into parts (legend, colour, values in %), with the figures in them."""
+    left = [0.0] * len(names)
+    for name, colour, values in parts:
+        axes.barh(range(len(names)), values, left=left, color=colour, height=0.62, label=name)
+        for row, (start, value) in enumerate(zip(left, values, strict=True)):
+            if value >= 6:  # narrower parts have no room for their figure
+                ink = "white" if colour == BLUE else BLACK
+                axes.text(
+                    start + value / 2, row, f"{value:.0f}", ha="center", va="center", color=ink, fontsize=TEXT - 1
+                )
+        left = [start + value for start, value in zip(left, values, strict=True)]
+    row_names(axes, names)
+    axes.set_xlim(0, 100)
+    legend(axes, 3)
+
+
 def row_names(axes: Axes, names: Sequence[str]) -> None:
-    axes.set_yticks(range(len(names)), [textwrap.fill(name, 14) for name in names], fontsize=TEXT)
+    """Names beside the bars, in at most three lines each."""
+    wrapped = [textwrap.fill(name, 16, max_lines=3, placeholder=" …") for name in names]
+    axes.set_yticks(range(len(names)), wrapped, fontsize=TEXT)
     axes.invert_yaxis()
     plain(axes)
 
@@ -73,6 +104,12 @@ def plain(axes: Axes) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.tick_params(labelsize=TEXT - 1)
+
+
+def wide_range(values: Sequence[float | None]) -> bool:
+    """Whether positive values differ so much that only a log axis shows them all."""
+    positive = [value for value in values if value is not None and value > 0]
+    return bool(positive and max(positive) > 30 * min(positive))
 
 
 def measured(values: list) -> bool:

@@ -13,11 +13,10 @@ from verl_avar.report.drawing import (
     TEXT,
     bars,
     bars_height,
-    legend,
     measured,
     panels,
     plain,
-    row_names,
+    stacked,
 )
 from verl_avar.report.results import digits, number, title
 
@@ -75,25 +74,13 @@ def mass(results: dict) -> Figure | None:
     if not stages:
         return None
     figure, (axes,) = panels([1.4 + 0.5 * len(stages)])
-    left = np.zeros(len(stages))
     parts = [
         ("image", BLUE, shares[:, 0]),
         ("system turn", ORANGE, shares[:, 1]),
         ("the rest", GREY, 100 - shares.sum(1)),
     ]
-    for name, colour, values in parts:
-        axes.barh(range(len(stages)), values, left=left, color=colour, height=0.62, label=name)
-        for row, (start, value) in enumerate(zip(left, values, strict=True)):
-            if value >= 6:  # narrower parts have no room for their figure
-                ink = "white" if colour == BLUE else BLACK
-                axes.text(
-                    start + value / 2, row, f"{value:.0f}", ha="center", va="center", color=ink, fontsize=TEXT - 1
-                )
-        left = left + values
-    row_names(axes, _names(stages))
-    axes.set_xlim(0, 100)
+    stacked(axes, _names(stages), parts)
     axes.set_xlabel("attention of the response's tokens, %", fontsize=TEXT)
-    legend(axes, 3)
     return figure
 
 

@@ -6,6 +6,7 @@ from verl_avar.report.results import digits, number, percent, title
 
 USES_IMAGE = 0.2  # accuracy above the shuffled control from which a stage is said to answer from the image
 EXPLODED = 10.0  # the paper's mean over the head-averaged ratio from which single heads are said to dominate it
+NOTABLE = 1.05  # factor from which a ratio is said to have moved
 WINDOW = 5  # GRPO steps averaged at either end of the run
 
 
@@ -63,22 +64,22 @@ def _attention(cause: str, before: dict, after: dict) -> list[str]:
     if not old or not new:
         return []
     factor = new / old
-    verb = "raised" if factor > 1.05 else "lowered" if factor < 1 / 1.05 else "left unchanged"
+    verb = "raised" if factor > NOTABLE else "lowered" if factor < 1 / NOTABLE else "left unchanged"
     line = f"{cause} {verb} the head-averaged VAS of the response: {digits(old)} to {digits(new)} ({factor:.2f}×)"
     masses = [number(stage, "mass", role) for role in ("visual", "system") for stage in (before, after)]
-    if all(masses) and factor > 1.05:
+    if all(masses) and factor > NOTABLE:
         line += "; " + masses_change(*masses)
     return [line + "."]
 
 
 def masses_change(visual_before: float, visual_after: float, system_before: float, system_after: float) -> str:
-    """How two masses moved and, where their ratio rose, which of them made it. All four are above 0."""
+    """How two masses moved and, where their ratio rose notably, which of them made it. All four are above 0."""
     by_looking, by_suppressing = math.log(visual_after / visual_before), math.log(system_before / system_after)
     words = (
         f"visual mass {100 * visual_before:.1f} % to {100 * visual_after:.1f} %, "
         f"system mass {100 * system_before:.1f} % to {100 * system_after:.1f} %"
     )
-    if by_looking + by_suppressing <= 0:
+    if by_looking + by_suppressing <= math.log(NOTABLE):
         return words
     if by_suppressing > max(by_looking, 0):
         return words + ", so mostly by attending less to the system prompt"
