@@ -66,11 +66,17 @@ def changed_at(image, left, top):
     return Image.fromarray(pixels)
 
 
-def reach(boxes, size, left, top, grow):
-    """Which boxes have pixels in common with the square at (left, top), grown by `grow` pixels on every side."""
-    x, y = boxes[:, [0, 2]] * size[0], boxes[:, [1, 3]] * size[1]
-    inside = [(e[:, 0] < at + SQUARE + grow) & (e[:, 1] > at - grow) for e, at in ((x, left), (y, top))]
-    return inside[0] & inside[1]  # False for nan
+def reach(boxes, size, left, top, further=None):
+    """Which boxes have two pixels in common with the square at (left, top), or, with `further`, could be reached by it.
+
+    A bicubic filter reaches two pixels of the larger of image and resized image; a token has 14 resized pixels or more.
+    """
+    found = np.ones(len(boxes), bool)
+    for axis, at in ((0, left), (1, top)):
+        low, high = boxes[:, axis] * size[axis], boxes[:, axis + 2] * size[axis]
+        grow = -2.0 if further is None else np.maximum(2.5, 2.5 / 14 * (high - low)) + further
+        found &= (low < at + SQUARE + grow) & (high > at - grow)
+    return found  # False for nan
 
 
 def assert_places(model, processor, images, which, steps):
@@ -80,9 +86,11 @@ def assert_places(model, processor, images, which, steps):
     plain = embeddings(model, inputs)
     assert boxes.shape == (len(plain), 4) and boxes.dtype == np.float32 and index.shape == (len(plain),)
     size = images[which].size
-    # Resizing with a bicubic filter reaches about two pixels of the smaller picture to either side, and where
-    # LLaVA-OneVision interpolates features, half a token further.
-    margin = 3 * max(size) / 60 + (14 if model.config.model_type == "llava_onevision" else 0)
+    # LLaVA-OneVision interpolates the features of a large image, which reaches half a token further; SmolVLM and
+    # Idefics3 resize an image twice.
+    family = model.config.model_type
+    interpolated = family == "llava_onevision" and len(images) == 1 and min(size) > 180
+    further = 14 if interpolated else 2 if family in ("smolvlm", "idefics3") else 0
     touched = np.zeros(len(boxes), bool)
     for left in {*range(2, size[0] - SQUARE, steps), size[0] - SQUARE}:
         for top in {*range(2, size[1] - SQUARE, steps), size[1] - SQUARE}:
@@ -90,8 +98,8 @@ def assert_places(model, processor, images, which, steps):
             others[which] = changed_at(images[which], left, top)
             change = (embeddings(model, processed(processor, others)) - plain).abs().amax(-1)
             change = (change > 1e-5 * plain.abs().amax()).numpy()
-            must = reach(boxes, size, left, top, -2.0) & (index == which)
-            may = reach(boxes, size, left, top, margin) & (index == which)
+            must = reach(boxes, size, left, top) & (index == which)
+            may = reach(boxes, size, left, top, further) & (index == which)
             assert change[must].all(), (left, top, np.flatnonzero(must & ~change), np.flatnonzero(change))
             assert may[change].all(), (left, top, np.flatnonzero(change & ~may), np.flatnonzero(may))
             touched |= change
