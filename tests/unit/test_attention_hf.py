@@ -8,7 +8,7 @@ from transformers import Qwen2_5_VLTextConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
-from verl_avar.attention import hf, reference
+from verl_avar.attention import hf, kernels, reference
 from verl_avar.attention.mass import MASS_ROLES
 from verl_avar.roles import Role
 
@@ -159,7 +159,7 @@ def test_flash_wrapper_asks_for_masses_through_the_same_kernel(model, batch, mon
             SimpleNamespace(num_key_value_groups=2, is_causal=module.is_causal), *args, **kwargs
         )
 
-    monkeypatch.setattr(hf, "flash_attention_forward", flash)
+    monkeypatch.setattr(kernels, "flash_attention_forward", flash)
     inputs, roles = batch
     inputs = {"input_ids": inputs["input_ids"]}
     expected = eager_masses(model, inputs, roles)

@@ -5,9 +5,8 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, Gemma3Config, Qwen2_5_VLConfig
-from transformers import Gemma3ForConditionalGeneration as Gemma3
-from transformers import Qwen2_5_VLForConditionalGeneration as Qwen
+from attention_models import IMAGE, gemma, made, prompt_batch, qwen
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from verl_avar.attention import hf, reference
@@ -18,51 +17,8 @@ from verl_avar.miniature.tasks import SYSTEM as TASK_SYSTEM
 from verl_avar.miniature.tasks import draw_sample
 from verl_avar.roles import ChatTokens, Role, query_mask, token_roles
 
-IMAGE, PAD = 60, 0
 VISUAL, SYSTEM = 0.9, -1.3
 MODES = ("bias", "scale_weights", "scale_logits")
-TEXT = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-
-
-def qwen(**text):
-    config = Qwen2_5_VLConfig(
-        image_token_id=IMAGE,
-        video_token_id=61,
-        text_config=TEXT
-        | {"num_hidden_layers": 2, "initializer_range": 0.3, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2}
-        | {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [1, 1, 2]}}
-        | text,
-        vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32},
-    )
-    return Qwen(config)
-
-
-def gemma():
-    """Layers with a sliding window of 6 and full ones; image tokens see each other."""
-    config = Gemma3Config(
-        image_token_index=IMAGE,
-        text_config=TEXT
-        | {"num_hidden_layers": 3, "head_dim": 8, "sliding_window": 6, "initializer_range": 0.3, "pad_token_id": PAD}
-        | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "bos_token_id": 1}
-        | {"eos_token_id": 2, "query_pre_attn_scalar": 8},
-        vision_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
-        mm_tokens_per_image=4,
-    )
-    return Gemma3(config)
-
-
-def made(build):
-    torch.manual_seed(0)
-    model = build().eval()
-    model.generation_config.update(pad_token_id=PAD, eos_token_id=None, do_sample=False)
-    hf.set_attention(model, "avar_sdpa")
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -82,15 +38,7 @@ def model(request):
 
 @pytest.fixture
 def prompts():
-    """Three prompts of different lengths, left-padded to 14, each with a system part and visual tokens."""
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, 59, (3, 14), generator=generator)
-    mask, roles = torch.ones_like(ids), torch.full(ids.shape, int(Role.USER), dtype=torch.uint8)
-    for row, pad in enumerate((0, 5, 2)):
-        ids[row, :pad], mask[row, :pad], roles[row, :pad] = PAD, 0, Role.OTHER
-        roles[row, pad : pad + 3] = Role.SYSTEM
-        ids[row, pad + 4 : pad + 8], roles[row, pad + 4 : pad + 8] = IMAGE, Role.VISUAL
-    return {"input_ids": ids, "attention_mask": mask}, roles
+    return prompt_batch()
 
 
 # The oracle: every weight by the formula, on the whole map of the whole sequence, without a cache.
@@ -340,7 +288,7 @@ def test_the_last_one_opened_that_covers_a_layer_acts_on_it(qwen_model, prompts)
 
 def test_other_models_are_left_alone(qwen_model, prompts):
     inputs, _ = prompts
-    other = made(lambda: qwen(num_hidden_layers=1))
+    other = made(qwen, num_hidden_layers=1)
     with torch.no_grad():
         plain = other(**inputs).logits
         with hf.role_bias(qwen_model, visual=VISUAL):

@@ -87,15 +87,12 @@ class Effect:
     visual: float
     system: float
     mode: str
-    drops_out: bool = False  # all keys have one factor, and the mode normalises
 
     def output(self, attend: Callable, key: torch.Tensor, value: torch.Tensor) -> tuple:
         """Output [B, T, H, D] and, where the kernel gives them, weights [B, H, T, S].
 
         attend: (key, value) -> output and weights of the unbiased kernel; anything but a 4D tensor is no weights.
         """
-        if self.drops_out:
-            return attend(key, value)
         column = _column(self.factors, value.dtype)
         if self.mode == "bias":
             maps = []
@@ -126,8 +123,6 @@ class Effect:
 
     def mass(self, masses: Callable, key: torch.Tensor, of: Sequence[Role]) -> torch.Tensor:
         """Masses [B, H, T, R] of the roles `of`. masses: (key, roles) -> masses of the unbiased kernel."""
-        if self.drops_out:
-            return masses(key, of)
         factor = {Role.VISUAL: math.exp(self.visual), Role.SYSTEM: math.exp(self.system)}
         extra = [role for role, c in factor.items() if c != 1 and role not in of] if self.mode == "bias" else []
         plain = masses(key, [*of, *extra]) if self.mode != "scale_logits" or self.rows is not None else None

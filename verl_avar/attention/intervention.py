@@ -50,8 +50,8 @@ class _Bias:
         if not torch.is_grad_enabled():  # else gradient checkpointing runs the layers again in the backward pass
             self.seen = None
 
-    def effect(self, module: nn.Module, layer: int, query: torch.Tensor, key: torch.Tensor) -> Effect:
-        """What this bias does in one attention call."""
+    def effect(self, module: nn.Module, layer: int, query: torch.Tensor, key: torch.Tensor) -> Effect | None:
+        """What this bias does in one attention call; None for nothing."""
         where = f"role_bias: layer {layer} ({type(module).__name__})"
         if self.seen is None:
             raise ValueError(
@@ -66,10 +66,13 @@ class _Bias:
             )
         rows = None if self.seen.selected is None else self.seen.selected.to(key.device)
         if cross_attends(module):
+            if self.mode == "bias":  # one factor for all keys drops out of the normalised weights
+                return None
             factors = torch.full((key.shape[0], key.shape[2]), math.exp(self.visual), device=key.device)
-            # One factor for all keys drops out of the normalised weights.
-            return Effect(factors, rows, self.visual, 0.0, self.mode, drops_out=self.mode == "bias")
+            return Effect(factors, rows, self.visual, 0.0, self.mode)
         visual = 0.0 if self.crosses else self.visual  # there the sequence holds a marker, not the image
+        if visual == self.system == 0.0:
+            return None
         roles = self.seen.key_roles(layer, key.shape[2], where).to(key.device)
         return Effect(key_factors(roles, visual, self.system), rows, visual, self.system, self.mode)
 
