@@ -102,11 +102,12 @@ class _Pieces:
         for k in reversed(inner):
             latest[k] = gap = next(g for g in range(gap - 1, 0, -1) if self._find(k, g))
         turns = {}
-        for k in inner:
-            if (self.chars[self.holes[k - 1][0] : self.holes[k][1]] == self.chars[self.holes[k][0]]).all():
+        for k in range(1, self.last):
+            between = self.chars[self.holes[k - 1][0] : self.holes[k][1]]
+            if (between == between[0]).all():
                 continue  # both images are in the same turn
-            places = self._find(k, earliest[k])
-            if earliest[k] != latest[k] or len(places) > 1:
+            places = self._find(k, earliest[k]) if k in earliest and earliest[k] == latest[k] else []
+            if len(places) != 1:
                 raise ValueError(f"template: can't tell which images of the ids this text separates: {self._show(k)}")
             turns[k] = places[0]
         return {0: ends[0]} | turns | ends
