@@ -16,8 +16,6 @@ from verl_avar.evaluation.sweep import Records, strengths, sweep, usable
 from verl_avar.miniature import base_path
 from verl_avar.miniature.data import write_eval
 
-pytest.importorskip("verl_avar.report.study_figures")
-
 
 def options(*words) -> argparse.Namespace:
     parser = argparse.ArgumentParser()

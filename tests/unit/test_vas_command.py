@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -190,9 +191,18 @@ def test_bad_rows_are_named_and_counted_and_take_no_other_with_them(tmp_path, ca
     assert "row broken" in capsys.readouterr().err
 
 
-def test_without_a_system_turn_there_are_masses_but_no_vas(tmp_path, checkpoint):
+def test_without_a_system_turn_there_are_masses_but_no_vas(tmp_path):
+    """The miniature's template writes a system turn of its own; this one does not."""
+    model = tmp_path / "model"
+    shutil.copytree(base_path(), model)
+    image, marker = "'<|vision_start|><|image_pad|><|vision_end|>'", "'<|im_start|>'"
+    part = f"{{{{ {image} if p.type == 'image' else p.text }}}}"
+    turn = f"{{{{ {marker} + m.role }}}}\n{{% for p in m.content %}}{part}{{% endfor %}}<|im_end|>\n"
+    start = f"{{% if add_generation_prompt %}}{{{{ {marker} }}}}assistant\n{{% endif %}}"
+    (model / "chat_template.jinja").write_text(f"{{% for m in messages %}}{turn}{{% endfor %}}{start}")
     Image.new("RGB", (84, 84), "red").save(tmp_path / "a.png")
-    assert avar_vas("--data", tmp_path, "--question", "What colour?", "--out", tmp_path / "out") == 0
+    options = ["--data", str(tmp_path), "--question", "What colour?", "--max-new-tokens", "8"]
+    assert main(["vas", "--model", str(model), "--out", str(tmp_path / "out"), *options]) == 0
     result = json.loads((tmp_path / "out/vas.json").read_text())
     scope = result["scopes"]["user"]
     assert scope["vas"] is None and scope["class"] is None and 0 < scope["mass"]["visual"] < 1

@@ -144,7 +144,9 @@ def _positions(response: pd.DataFrame) -> dict | None:
 
 
 def _decay(response: pd.DataFrame) -> dict | None:
-    """Visual mass in the first and the last quarter of the responses of at least eight tokens, and its slope."""
+    """Visual mass in the first and the last quarter of the responses of at least eight tokens; its slope per 100 tokens
+    where there are responses of half that length.
+    """
     first, last, slopes = [], [], []
     for positions in response["positions"] if len(response) else ():
         visual = np.array(positions[0])
@@ -153,10 +155,12 @@ def _decay(response: pd.DataFrame) -> dict | None:
         quarter = len(visual) // 4
         first.append(visual[:quarter].mean())
         last.append(visual[-quarter:].mean())
-        slopes.append(100 * np.polyfit(np.arange(len(visual)), visual, 1)[0])
+        if len(visual) >= 50:
+            slopes.append(100 * np.polyfit(np.arange(len(visual)), visual, 1)[0])
     if not first:
         return None
-    return {"first": float(np.mean(first)), "last": float(np.mean(last)), "slope_per_100": float(np.mean(slopes))}
+    slope = float(np.mean(slopes)) if slopes else None
+    return {"first": float(np.mean(first)), "last": float(np.mean(last)), "slope_per_100": slope}
 
 
 def _interval(values: Sequence[float], weights: Sequence[float], seed: int) -> list[float] | None:
