@@ -161,7 +161,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """`avar correlate`: prints the table and the findings, writes the files that were asked for."""
+    """Runs `avar correlate`: table, findings, files asked for; returns the exit status: 0, or 2 for bad input."""
     try:
         points = _all_points(arguments)
         statistics = correlate(points, arguments.resamples, arguments.seed)
@@ -170,8 +170,8 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.out is not None:
             _write(arguments.out, points, statistics, lines, arguments)
     except (OSError, ValueError) as error:
-        print(f"avar correlate: {error}", file=sys.stderr)
-        return 1
+        print(f"avar correlate: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -225,5 +225,7 @@ def _write(folder: Path, points, statistics: dict, lines: Sequence[str], argumen
         "findings": list(lines),
     }
     (folder / "correlation.json").write_text(json.dumps(results, indent=1, ensure_ascii=False), encoding="utf-8")
-    correlation_figure(results["points"], statistics).savefig(folder / "correlation.png")
+    unit = "%" if arguments.published else ""
+    figure = correlation_figure(results["points"], statistics, arguments.scope, arguments.measure, unit)
+    figure.savefig(folder / "correlation.png")
     print(f"avar correlate: {folder / 'correlation.json'}, {folder / 'correlation.png'}")

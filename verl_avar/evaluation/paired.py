@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-RESAMPLES = 5000
+RESAMPLES = 2000
 BATCH = 1_000_000  # drawn values held at a time, of each array
 PROPORTIONS = {"accuracy": "right", "format": "well_formed"}
 # Every response counts by its queries in attention figures, as in `avar vas`.
@@ -48,8 +48,7 @@ def compare(
             "pairs": len(shared),
         }
         for name, column in PROPORTIONS.items():
-            figures[name] = _figure(own, before, after, column, None, resamples, rng)
-            figures[name]["interval"] = wilson(int(own[column].sum()), len(own))
+            figures[name] = _figure(own, before, after, column, None, resamples, rng, proportion=True)
         for name, weights in MEANS.items():
             figures[name] = _figure(own, before, after, name, weights, resamples, rng)
         if len(shared) and point != baseline:
@@ -61,7 +60,7 @@ def compare(
     return found
 
 
-def _figure(own, before, after, column: str, weights: str | None, resamples: int, rng) -> dict:
+def _figure(own, before, after, column: str, weights: str | None, resamples: int, rng, proportion=False) -> dict:
     """Mean of one column at a point, and its difference to the baseline over the pairs that both have it."""
 
     def arrays(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -74,7 +73,10 @@ def _figure(own, before, after, column: str, weights: str | None, resamples: int
     figure = {"value": None, "interval": None, "difference": None, "difference_interval": None}
     if measured.any():
         figure["value"] = float(_mean(*own_arrays))
-        figure["interval"] = bootstrap_interval(own_arrays, _mean, resamples, rng)
+        if proportion:
+            figure["interval"] = wilson(int(values.sum()), len(values))
+        else:
+            figure["interval"] = bootstrap_interval(own_arrays, _mean, resamples, rng)
     if before is not None:
         (new, new_counts), (old, old_counts) = arrays(after), arrays(before)
         both = np.isfinite(new) & np.isfinite(old)
