@@ -56,7 +56,7 @@ def attention_config(config, implementation: str = "avar_sdpa", vision: str = "s
 def _wrapped(kernel: Kernel):
     """A transformers attention function that serves the open probes and biases."""
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason="an open probe or role_bias is Python state")
     def observed(*args, **options):
         call = Call(kernel, *args, options)
         effect = effect_on(call.module, call.layer, call.query, call.key)
