@@ -107,19 +107,20 @@ def _label(figure: Figure, axes: Axes, x: np.ndarray, y: np.ndarray, names: Sequ
     sizes = [dot] * len(x) + [dot / 3] * len(line)
     places = axes.transData.transform(np.r_[np.c_[x, y], line])
     taken = [Bbox.from_bounds(px - d, py - d, 2 * d, 2 * d) for (px, py), d in zip(places, sizes, strict=True)]
-    taken += [text.get_window_extent(renderer) for text in axes.texts if text not in texts]
+    written = [text.get_window_extent(renderer) for text in axes.texts if text not in texts]
     for own, text in enumerate(texts):
         best = None
-        for radius, (dx, dy) in itertools.product((9, 18, 30), _DIRECTIONS):
+        for radius, (dx, dy) in itertools.product((9, 18, 30, 45, 60), _DIRECTIONS):
             text.set_position((radius * dx, radius * dy))
             text.set_horizontalalignment("left" if dx > 0 else "right" if dx < 0 else "center")
             text.set_verticalalignment("bottom" if dy > 0 else "top" if dy < 0 else "center")
             box = Text.get_window_extent(text, renderer)  # without the arrow
             area = box.width * box.height
-            covered = sum(_overlap(box, other) for other in taken) + area - _overlap(box, frame)
+            covered = sum(_overlap(box, other) for other in taken)
+            covered += 10 * (sum(_overlap(box, other) for other in written) + area - _overlap(box, frame))
             away = np.hypot(*(places[: len(x)] - np.clip(places[: len(x)], box.min, box.max)).T)
             if np.any(np.delete(away, own) < 1.3 * away[own]):  # it would be taken for another point's name
-                covered += area
+                covered += area / 2
             if best is None or covered < best[0] - 1:
                 best = (covered, text.get_position(), text.get_horizontalalignment(), text.get_verticalalignment(), box)
             if best[0] < 1:
@@ -128,10 +129,12 @@ def _label(figure: Figure, axes: Axes, x: np.ndarray, y: np.ndarray, names: Sequ
         text.set_position(position)
         text.set_horizontalalignment(horizontal)
         text.set_verticalalignment(vertical)
-        taken.append(box)
+        written.append(box)
 
 
-_DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (0.7, 0.7), (-0.7, 0.7), (0.7, -0.7), (-0.7, -0.7))
+_DIRECTIONS = tuple(
+    (x, y) for x, y in itertools.product((1, -1, 0, 0.7, -0.7), repeat=2) if 0.9 < math.hypot(x, y) < 1.3
+)
 
 
 def _overlap(first: Bbox, second: Bbox) -> float:

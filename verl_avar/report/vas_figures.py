@@ -6,6 +6,7 @@ Those that take several results lay them over each other. The schema of a result
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -181,6 +182,7 @@ def head_map(result: dict, scope: str) -> Figure | None:
     if not maps or maps[0][1].size < 2:
         return None
     layers, heads = maps[0][1].shape
+    colours = colormaps["viridis"].with_extremes(bad="#DDDDDD")
     figure, grid = panels([0.9 + min(max(0.1 * heads, 1.0), 3.6)] * len(maps), sharex=True)
     for axes, (title, values) in zip(grid, maps, strict=True):
         positive = values[values > 0]
@@ -191,8 +193,7 @@ def head_map(result: dict, scope: str) -> Figure | None:
             high = np.quantile(positive, 1 - OUTER, method="higher") if positive.size else 10
             norm = LogNorm(low, high) if high > low else LogNorm(low / 2, low * 2)
             values = np.where(values == 0, positive.min() if positive.size else low, values)  # log(0)
-        drawn = axes.imshow(values.T, aspect="auto", origin="lower", cmap="viridis", norm=norm, interpolation="nearest")
-        drawn.get_cmap().set_bad("#DDDDDD")
+        drawn = axes.imshow(values.T, aspect="auto", origin="lower", cmap=colours, norm=norm, interpolation="nearest")
         axes.plot(
             *_strongest(values), "o", markersize=9, markerfacecolor="none", markeredgecolor=BLACK, markeredgewidth=3
         )

@@ -212,25 +212,14 @@ def _print_overview(results: Sequence[dict], names: Sequence[str], console: "Con
     from rich.markup import escape
     from rich.table import Table
 
-    scope = main_scope(results)
-    words = SCOPES.get(scope or "response")
-    table = Table(title="Visual attention", caption=f"image, system: of the attention of the {words}'s tokens")
-    columns = (
-        "VAS, user turn",
-        "class",
-        "heads averaged",
-        "VAS, response",
-        "heads averaged",
-        "image %",
-        "system turn %",
-    )
+    scope = main_scope(results) or "response"
+    table = Table(title="Visual attention", caption=f"image: part of the attention of the {SCOPES[scope]}'s tokens")
     table.add_column("", overflow="fold")
-    for name in columns:
-        table.add_column(name, justify="right")
+    for name in ("VAS user", "heads avg.", "VAS resp.", "heads avg.", "image %"):
+        table.add_column(name, justify="right", overflow="fold")
     for name, result in zip(names, results, strict=True):
-        cells = [digits(number(result, "scopes", "user", key)) for key in ("vas", "head_mean")]
-        cells.insert(1, (result["scopes"].get("user") or {}).get("class") or "–")
-        cells += [digits(number(result, "scopes", "response", key)) for key in ("vas", "head_mean")]
-        cells += [percent(number(result, "scopes", scope, "mass", role)) for role in ("visual", "system")]
-        table.add_row(escape(name), *cells)
+        user, response = (
+            [_classed(result, of), digits(number(result, "scopes", of, "head_mean"))] for of in ("user", "response")
+        )
+        table.add_row(escape(name), *user, *response, percent(number(result, "scopes", scope, "mass", "visual")))
     console.print(table)
