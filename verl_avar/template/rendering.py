@@ -76,7 +76,10 @@ class Renderer:
         added = self.tokenizer.added_tokens_decoder
         self.special = {i for i, token in added.items() if token.special} | set(self.tokenizer.all_special_ids)
         self._strings: set[str] = set()  # roles whose content the template takes as a string only
-        self._refused = {role: why for role in _ROLES if (why := self._choose_form(role))}
+        # In an order in which each role is tried among such that are settled.
+        self._refused = {
+            role: why for role in ("user", "assistant", "system", "tool") if (why := self._choose_form(role))
+        }
         for role in ("user", "assistant"):
             if role in self._refused:
                 raise ValueError(f"template: {self.name}'s chat template {self._refused[role]}")
@@ -210,20 +213,20 @@ class Renderer:
             "assistant": [question, probe],
             "tool": [question, answer, probe],
         }[role]
-        why = ""
+        reasons = []
         for strings in (set(), {role}):
             before, self._strings = self._strings, self._strings | strings
             try:
                 text = self._write(conversation, generation=False)
             except _REFUSALS as error:
-                why = f"refuses {role} messages: {error}"
+                reasons.append(f"refuses {role} messages ({error})")
             else:
                 # A template made for strings prints a list of parts as Python or JSON does.
                 if text.count(chr(_MARK)) == 1 and not re.search(r"""["']type["'] *:""", text):
                     return None
-                why = f"doesn't write the text of {role} messages"
+                reasons.append(f"doesn't write the text of {role} messages, or not once")
             self._strings = before
-        return why
+        return ", and with content as a string ".join(dict.fromkeys(reasons))
 
     def _placeholder(self, kind: str) -> str | None:
         """The token that the template writes for an image or video and that the processor expands."""

@@ -49,7 +49,9 @@ class ChatTemplate:
     def __init__(self, renderer: Renderer):
         self._renderer = renderer
         self.visual = frozenset(renderer.visual)
-        self._assistant_end = self._end([message("user", "x"), message("assistant", "y")])
+        question, answer = message("user", "x"), message("assistant", "y")
+        self._assistant_end = self._end([question, answer])
+        self._first_user_turn(renderer.marked([question], generation=True), question, systems=0)
         end = renderer.ids(self._assistant_end.lstrip())
         self.end_of_turn = tuple(takewhile(renderer.special.__contains__, end))
 
@@ -112,8 +114,8 @@ class ChatTemplate:
         for opening in (header, header.lstrip()):
             if before.endswith(opening):
                 return content - len(opening)
-        if systems and header.strip() in before[: rendered.items[0][0][0]]:
-            return content  # the system text stands in the user's turn
+        if header.strip() in (before[: rendered.items[0][0][0]] if systems else before):
+            return content  # a system text, the caller's or the template's, stands in the user's turn
         raise ValueError(
             f"template: can't tell where the first user turn starts: its content follows {before!r}, "
             f"that of later ones {header!r}"
