@@ -101,3 +101,16 @@ def idefics(start: str) -> str:
 
 SMOLVLM = idefics("<|im_start|>")
 IDEFICS3 = idefics("<|begin_of_text|>")
+
+# Meta's own refuses a system message beside an image, and writes a system turn of its own where there is no image.
+MLLAMA_WITHOUT_SYSTEM = (
+    "{%- set seen = namespace(image=false) %}{%- for message in messages if message['content'] is not string %}"
+    "{%- for part in message['content'] if part['type'] == 'image' %}{%- set seen.image = true %}{%- endfor %}"
+    "{%- endfor %}"
+    "{%- if seen.image and messages[0]['role'] == 'system' %}{{- raise_exception('no system message, please') }}"
+    "{%- endif %}{{- bos_token }}"
+    "{%- if not seen.image and messages[0]['role'] != 'system' %}"
+    + say("<|start_header_id|>system<|end_header_id|>\n\nToday is a day.<|eot_id|>")
+    + "{%- endif %}"
+    + MLLAMA.removeprefix("{{- bos_token }}")
+)

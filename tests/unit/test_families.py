@@ -16,7 +16,7 @@ from verl_avar.attention.hf import probe
 from verl_avar.attention.reference import role_mass
 from verl_avar.evaluation.answer import answer, given
 from verl_avar.evaluation.checkpoint import load_checkpoint
-from verl_avar.families import cells, has_cross_attention, masses
+from verl_avar.families import cells, cross_attention_layers, masses
 from verl_avar.roles import Role
 from verl_avar.vas import Vas
 
@@ -311,7 +311,7 @@ def test_only_layers_with_attention_count_in_a_hybrid_model(load):
 def test_cross_attention_masses_are_gates_over_system_mass(load, case):
     loaded = load("mllama")
     answers, _, record, maps, _ = loaded.passes(case)
-    assert has_cross_attention(loaded.ours.model) and not has_cross_attention(load("qwen2_vl").ours.model)
+    assert cross_attention_layers(loaded.ours.model) and not cross_attention_layers(load("qwen2_vl").ours.model)
     ours, layers = masses(loaded.ours.model, record, ROLES)
     assert layers == [1, 3] and ours.shape == (2, *maps[0].shape[:3], 4)
     own = eager_masses(answers, [maps[layer] for layer in (0, 2, 4)]).mean(dim=(0, 2))  # [B, T, R]

@@ -53,7 +53,10 @@ def places(checkpoint: Checkpoint, answers: Answers, b: int, images: Sequence[Se
 
 
 def border(place: Places) -> np.ndarray | None:
-    """Visual tokens on the border of their image: bool [V]; None where places are not known."""
+    """Visual tokens on the border of their image: bool [V].
+
+    None where places are not known, or where the border is most of the image (grids of less than about 7 × 7).
+    """
     if not place.known:
         return None
     edge = np.zeros(len(place.boxes), dtype=bool)
@@ -62,7 +65,7 @@ def border(place: Places) -> np.ndarray | None:
         low, high = np.nanmin(place.boxes[mine], axis=0), np.nanmax(place.boxes[mine], axis=0)
         near = np.isclose(place.boxes[:, :2], low[:2]).any(1) | np.isclose(place.boxes[:, 2:], high[2:]).any(1)
         edge |= mine & near
-    return edge
+    return edge if 2 * edge.sum() <= len(edge) else None
 
 
 def heatmap(

@@ -49,10 +49,15 @@ def measure(
     """
     scopes, roles = SCOPES[scope], answers.roles
     # The pictures of a cross-attention model are not tokens of the sequence: no sinks, no borders.
-    within = not families.has_cross_attention(checkpoint.model)
+    crossed = families.cross_attention_layers(checkpoint.model)
     tokens = VisualTokens(roles, scopes, ROLES.index(Role.SYSTEM), follow)
+
+    def visual(layer: int, *block) -> None:
+        if not crossed or layer in crossed:
+            tokens(layer, *block)
+
     asked = query_mask(roles, "+".join(scopes))
-    with probe(roles, queries=asked, layers=layers, of=ROLES, visual=tokens if within or follow else None) as record:
+    with probe(roles, queries=asked, layers=layers, of=ROLES, visual=visual) as record:
         checkpoint.model(**answers.inputs, **last_logits_only(checkpoint.model))
     masses, measured_layers = families.masses(checkpoint.model, record, ROLES)
     results = []
@@ -66,7 +71,7 @@ def measure(
             if not queries.any():
                 continue
             records.append(_record(name, masses[:, b, :, queries], (roles[b] == Role.SYSTEM).any()))
-            if within:
+            if not crossed:
                 border = borders[b] if borders is not None else None
                 records[-1] |= _sinks(tokens, b, name, sink_share, border, records[-1], len(measured_layers))
         problem = None if records else f"no queries in the {scope} scope"

@@ -39,7 +39,7 @@ def check(checkpoint: Checkpoint, visual: bool, bias: dict) -> None:
     check_model(checkpoint)
     with role_bias(checkpoint.model, **bias):
         pass
-    if visual and bias["mode"] == "bias" and families.has_cross_attention(checkpoint.model):
+    if visual and bias["mode"] == "bias" and families.cross_attention_layers(checkpoint.model):
         raise ValueError(
             f"the image enters {type(checkpoint.model).__name__} through cross-attention, whose keys are all visual: a "
             "bias drops out of the normalised weights; use --mode scale_weights"

@@ -135,7 +135,7 @@ def finish(checkpoint, arguments, rows, settings, outcome, out: Path, seconds: f
         raise ValueError(f"none of {len(rows)} rows could be measured; first: row {rows[0].id}: {reasons[0]}")
     table = pd.concat([pd.read_parquet(part) for part in parts], ignore_index=True)
     table = table[table["number"] < len(rows)].sort_values("number")
-    crossed = families.has_cross_attention(checkpoint.model)
+    crossed = families.cross_attention_layers(checkpoint.model)
     result = {
         "schema": 1,
         "model": arguments.model,

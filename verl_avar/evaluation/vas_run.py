@@ -208,7 +208,7 @@ def check_model(checkpoint: Checkpoint, layers: Sequence[int] | None = None) -> 
         checkpoint.model.device
     )
     roles = torch.full_like(ids, int(Role.USER), dtype=torch.uint8)
-    only = None if families.has_cross_attention(checkpoint.model) else layers
+    only = None if families.cross_attention_layers(checkpoint.model) else layers
     with torch.no_grad(), probe(roles, layers=only, of=(Role.USER,)) as record:
         checkpoint.model(input_ids=ids, attention_mask=torch.ones_like(ids))
     record.mass(Role.USER)

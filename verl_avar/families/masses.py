@@ -12,9 +12,9 @@ from verl_avar.attention.mass import MASS_ROLES
 from verl_avar.roles import Role
 
 
-def has_cross_attention(model: nn.Module) -> bool:
-    """Whether images come in by cross-attention layers (Llama-3.2-Vision) instead of as tokens of the sequence."""
-    return bool(_gates(model))
+def cross_attention_layers(model: nn.Module) -> frozenset[int]:
+    """Layers by which images come in (Llama-3.2-Vision); empty where images are tokens of the sequence."""
+    return frozenset(_gates(model))
 
 
 def masses(model: nn.Module, record: Record, of: Sequence[Role] = MASS_ROLES) -> tuple[torch.Tensor, list[int]]:
