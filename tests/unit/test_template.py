@@ -1,87 +1,17 @@
-"""Roles from chat templates, on small tokenizers and templates with one peculiarity each.
+"""Who is who under chat templates with one peculiarity each."""
 
-Letters: `s` system, `v` visual, `u` user, `.` other. `[…]` stands for special tokens, `[img]` for the placeholder.
-"""
-
-from itertools import pairwise
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from families import tokenizers
 from families.templates import GEMMA3, LLAVA
-from transformers import AutoConfig, AutoProcessor, PreTrainedTokenizer
+from prompts import ANSWER, PLAIN, QUESTION, SPECIALS, SYSTEM, Processor, chat_template, spans, template, turn
+from transformers import AutoConfig, AutoProcessor
 
 from verl_avar.miniature import base_path
-from verl_avar.roles import ChatTokens, Role, token_roles
+from verl_avar.roles import ChatTokens, token_roles
 from verl_avar.template import ChatTemplate
-
-LETTER = {Role.OTHER: ".", Role.SYSTEM: "s", Role.VISUAL: "v", Role.USER: "u"}
-SPECIALS = ("[bos]", "[turn]", "[end]", "[img]", "[soft]", "[video]", "[a]", "[b]")
-
-
-def template(turn: str, start: str = "", prompt: str = "[turn]assistant:") -> str:
-    """A template: `start`, then `turn` for each message (`role` and `text` are at hand), then the generation prompt."""
-    return (
-        start + "{%- for message in messages %}{%- set role = message['role'] %}{%- set text %}"
-        "{%- for part in message['content'] %}"
-        "{{- {'image': '[img]', 'text': part['text']}[part['type']] }}"
-        "{%- endfor %}{%- endset %}"
-        + turn
-        + "{%- endfor %}{%- if add_generation_prompt %}{{- '"
-        + prompt
-        + "' }}{%- endif %}"
-    )
-
-
-PLAIN = template("{{- '[turn]' + role + ':' + text + '[end]' }}")
-
-
-class Processor:
-    """As little of a processor as roles need."""
-
-    def __init__(self, chat_template: str | None = PLAIN, tokenizer=None):
-        self.chat_template = chat_template
-        self.tokenizer = tokenizers.byte_level(SPECIALS, bos_token="[bos]") if tokenizer is None else tokenizer
-
-    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
-        return self.tokenizer.apply_chat_template(
-            messages, chat_template=self.chat_template, tokenize=tokenize, add_generation_prompt=add_generation_prompt
-        )
-
-
-def chat_template(*args, visual: str = "[img]", **kwargs) -> ChatTemplate:
-    processor = Processor(*args, **kwargs)
-    return ChatTemplate.of(processor, SimpleNamespace(image_token_id=processor.tokenizer.convert_tokens_to_ids(visual)))
-
-
-def turn(role: str, *parts: str) -> dict:
-    """A message; the part "image" or "video" is one."""
-    return {
-        "role": role,
-        "content": [{"type": p} if p in ("image", "video") else {"type": "text", "text": p} for p in parts],
-    }
-
-
-SYSTEM, QUESTION, ANSWER = (
-    turn("system", "Look closely."),
-    turn("user", "image", "What is it?"),
-    turn("assistant", "A 12."),
-)
-
-
-def spans(chat: ChatTemplate, messages: list[dict], expansion: str = "[img][img]", **options) -> list[str]:
-    """What each stretch of one role spells, after its letter; the placeholders are expanded first."""
-    tokenizer = chat._renderer.tokenizer
-    ids = tokenizer(chat.render(messages).replace("[img]", expansion), **options)["input_ids"]
-    roles = chat.roles(messages, ids)
-    assert roles.dtype == np.uint8 and roles.shape == (len(ids),)
-    cuts = [0, *(np.flatnonzero(np.diff(roles)) + 1).tolist(), len(ids)]
-    return [LETTER[Role(roles[a])] + tokenizer.decode(ids[a:b]) for a, b in pairwise(cuts)]
-
-
-# Who is who.
 
 
 def test_one_turn_each():
@@ -250,82 +180,6 @@ def test_text_that_the_tokenizer_normalises():
     ]
 
 
-# Expansions.
-
-
-@pytest.mark.parametrize("tokenizer", ["byte_level", "qwen", "gemma"])
-@pytest.mark.parametrize(
-    "expansion",
-    [
-        "[a][soft][soft][b]",
-        "\n\n[a][soft][soft][b]\n\n",
-        "[a][soft][b][a][soft][b]\n[a][soft][b]\n\n[a][soft][b]",
-        "Frame 1: [a][soft]\nFrame 2: [a][soft]",
-        "here is[soft]an image[soft][soft]what",
-    ],
-)
-def test_an_expansion_may_hold_any_text_and_merge_with_the_prompts(tokenizer, expansion):
-    chat = chat_template(tokenizer=getattr(tokenizers, tokenizer)(SPECIALS), visual="[soft]")
-    conversation = [
-        turn("system", "Look closely.\n\n"),
-        turn("user", "\n", "image", "image", "\nso", "image"),
-        ANSWER,
-        turn("user", "image", "What"),
-    ]
-    found = spans(chat, conversation, expansion, add_special_tokens=False)
-    x = expansion
-    user = [f"[turn]user:\n{x}{x}\nso{x}[end]", f"[turn]user:{x}What[end]"]
-    assert found[0] == "s[turn]system:Look closely.\n\n[end]" and found[-1] == ".[turn]assistant:"
-    middle = found.index(".[turn]assistant:A 12.[end]")
-    assert ["".join(s[1:] for s in part) for part in (found[1:middle], found[middle + 1 : -1])] == user
-    assert {s for s in found if s[0] == "v"} <= {"v[soft]", "v[soft][soft]"}
-    assert all("[soft]" not in s for s in found if s[0] != "v")
-
-
-def test_ids_of_another_prompt_are_an_error_that_shows_where():
-    chat = chat_template()
-    ids = chat._renderer.tokenizer(chat.render([SYSTEM, QUESTION]))["input_ids"]
-    with pytest.raises(
-        ValueError, match=r"not this prompt's: \d+ tokens from the start, .*closely.* instead of .*away"
-    ):
-        chat.roles([turn("system", "Look away."), QUESTION], ids)
-    with pytest.raises(ValueError, match=r"\d+ tokens from the end, .*What is it.* instead of .*Why is it"):
-        chat.roles([SYSTEM, turn("user", "image", "Why is it?")], ids)
-    with pytest.raises(ValueError, match="not this prompt's"):
-        chat.roles([SYSTEM, QUESTION], ids + ids[-1:])
-    with pytest.raises(ValueError, match="not in the processed ids, in its order: 'and'"):
-        both = chat._renderer.tokenizer(chat.render([turn("user", "image", "or", "image", "What?")]))["input_ids"]
-        chat.roles([turn("user", "image", "and", "image", "What?")], both)
-
-
-def test_a_number_of_images_that_does_not_fit_is_an_error():
-    chat = chat_template()
-    tokenizer = chat._renderer.tokenizer
-    with pytest.raises(ValueError, match="hold 1 images and videos, the processed ids 0 visual placeholders"):
-        chat.roles([QUESTION], tokenizer("[turn]user:What is it?[end][turn]assistant:")["input_ids"])
-    with pytest.raises(ValueError, match="hold 0 images and videos, the processed ids 1 visual placeholders"):
-        chat.roles([turn("user", "What is it?")], tokenizer(chat.render([QUESTION]))["input_ids"])
-
-
-def test_turns_between_images_that_the_ids_do_not_tell_apart_are_an_error():
-    chat = chat_template()
-    conversation = [QUESTION, ANSWER, QUESTION]
-    between = chat.render(conversation).split("[img]")[1]
-    with pytest.raises(ValueError, match="can't tell which images"):
-        spans(chat, conversation, f"[img]{between}[img]")
-
-
-def test_placeholders_in_a_text_are_an_error():
-    for text in ("Is [img] a token?", "[img]"):
-        with pytest.raises(ValueError, match=r"message 0 \(user\) has '\[img\]' in its text"):
-            chat_template().roles([turn("user", "image", text)], [])
-    with pytest.raises(ValueError, match=r"message 1 \(user\) has '\[soft\]' in its text"):
-        chat_template(visual="[soft]").roles([SYSTEM, turn("user", "[soft]")], [])
-
-
-# Templates and what they do to a conversation.
-
-
 def test_the_end_of_an_assistants_turn():
     tokenizer = tokenizers.byte_level(SPECIALS)
     ends = {"[end]": ["[end]"], "[end]\\n": ["[end]"], " [a][b]\\n[end]": ["[a]", "[b]"], "\\n": [], "": []}
@@ -361,90 +215,9 @@ def test_a_template_that_takes_strings_for_the_system_text_only():
     assert spans(chat_template(mixed), [SYSTEM, QUESTION])[0] == "s[turn]system:Look closely.[end]"
 
 
-@pytest.mark.parametrize(
-    "does,message",
-    [
-        (
-            "{%- if role == 'system' %}{{- raise_exception('not here') }}{%- endif %}",
-            r"refuses system messages \(not here\)",
-        ),
-        ("{%- if role == 'system' %}{%- continue %}{%- endif %}", "doesn't write the text of system messages"),
-    ],
-)
-def test_a_system_message_is_never_dropped_silently(does, message):
-    chat = chat_template(template(does + "{{- '[turn]' + role + ':' + text + '[end]' }}"))
-    assert spans(chat, [QUESTION])[0] == "u[turn]user:"
-    for call in (lambda: chat.render([SYSTEM, QUESTION]), lambda: chat.roles([SYSTEM, QUESTION], [])):
-        with pytest.raises(ValueError, match=message):
-            call()
-
-
-def test_what_a_template_refuses_in_one_conversation_is_an_error():
-    refuses = "{%- if loop.length > 4 %}{{- raise_exception('too long') }}{%- endif %}"
-    chat = chat_template(template(refuses + "{{- '[turn]' + role + ':' + text + '[end]' }}"))
-    with pytest.raises(ValueError, match="refuses a conversation of user, assistant, user, assistant, user: too long"):
-        chat.render([QUESTION, ANSWER] * 2 + [QUESTION])
-
-
-@pytest.mark.parametrize(
-    "body,message",
-    [
-        ("text + ('' if loop.last else '[end]')", "can't tell where the first user turn starts"),
-        ("text + ('[a]' if loop.last and role == 'user' else '[end]')", r"can't tell where message 1 \(user\) ends"),
-        (
-            "text + ('' if loop.last and role == 'assistant' else '[end]')",
-            "can't tell where the first user turn starts",
-        ),
-        ("text + text + '[end]'", "doesn't write the text of user messages, or not once"),
-        ("(text if text | length < 9 else text[:9]) + '[end]'", r"drops or repeats a text of message 0 \(system\)"),
-        ("(text if 'is' not in text else 'is' + text) + '[end]'", None),
-        ("(text if not text.startswith('Look') else '!' + text) + '[end]'", "rewrites a text of these messages"),
-    ],
-)
-def test_a_template_that_can_not_be_followed_is_an_error(body, message):
-    made = template("{{- '[turn]' + role + ':' + " + body + " }}")
-    if message is None:  # what the template adds to a text is its own
-        assert spans(chat_template(made), [SYSTEM, QUESTION])[3] == "uWhat is it?[end]"
-        return
-    with pytest.raises(ValueError, match=message):
-        spans(chat_template(made), [SYSTEM, QUESTION, ANSWER, QUESTION])
-
-
 def test_a_system_text_of_the_template_in_the_users_turn():
     within = template("{{- '[turn]' + role + ':' + ('Be good. ' if loop.first else '') + text + '[end]' }}")
     assert spans(chat_template(within), [QUESTION, ANSWER, QUESTION])[:2] == ["s[turn]user:Be good. ", "v[img][img]"]
-
-
-def test_a_system_text_that_the_template_moves_behind_a_users_turn_is_an_error():
-    moves = (
-        "{%- set systems = messages | selectattr('role', 'equalto', 'system') | list %}"
-        "{%- for message in messages if message['role'] != 'system' %}{{- '[turn]' + message['role'] + ':' }}"
-        "{%- if loop.last and systems %}{{- systems[0]['content'][0]['text'] + ' / ' }}{%- endif %}"
-        "{%- for part in message['content'] %}{{- part['text'] if part['type'] == 'text' else '[img]' }}{%- endfor %}"
-        "{{- '[end]' }}{%- endfor %}{%- if add_generation_prompt %}[turn]assistant:{%- endif %}"
-    )
-    chat = chat_template(moves)
-    assert spans(chat, [SYSTEM, QUESTION])[0] == "s[turn]user:Look closely. / "
-    with pytest.raises(ValueError, match=r"moves message 1 \(user\) out of its order"):
-        spans(chat, [SYSTEM, QUESTION, ANSWER, QUESTION])
-
-
-@pytest.mark.parametrize(
-    "messages,message",
-    [
-        ([turn("critic", "Hm.")], r"message 0 \(critic\): unknown role; known are system, user, assistant, tool"),
-        ([QUESTION, SYSTEM], r"message 1 \(system\): a system message after another's"),
-        ([{"role": "user", "content": [{"type": "audio"}]}], r"message 0 \(user\): a part of type 'audio'"),
-        ([turn("user", "\U000f0000")], r"message 0 \(user\): private-use character U\+F0000"),
-        ([SYSTEM], "needs a user message"),
-        ([ANSWER, QUESTION], "needs a user message, first"),
-        ([turn("user", " ")], r"message 0 \(user\) holds neither text nor image"),
-        ([turn("user", "video")], "writes no token for a video"),
-    ],
-)
-def test_conversations_that_have_no_roles_are_errors(messages, message):
-    with pytest.raises(ValueError, match=message):
-        chat_template().roles(messages, [])
 
 
 def test_a_plain_string_counts_as_one_text_part():
@@ -452,44 +225,11 @@ def test_a_plain_string_counts_as_one_text_part():
     assert chat.render([{"role": "user", "content": "So?"}]) == chat.render([turn("user", "So?")])
 
 
-# What a checkpoint has to bring.
-
-
-def test_processors_that_can_not_be_read_are_errors_that_say_what_to_do():
-    config = SimpleNamespace(image_token_id=3)
-    base = Processor(None)
-    with pytest.raises(ValueError, match=r"Processor has no chat template: a base model\? Use an instruction-tuned"):
-        ChatTemplate.of(base, config)
-    base.tokenizer.chat_template = PLAIN
-    with pytest.raises(ValueError, match=r"set processor.chat_template = processor.tokenizer.chat_template"):
-        ChatTemplate.of(base, config)
-
-    class Slow(PreTrainedTokenizer):
-        vocab_size = 0
-        get_vocab = dict
-
-    with pytest.raises(ValueError, match=r"Slow is a slow tokenizer, .*; the checkpoint needs a tokenizer.json"):
-        ChatTemplate.of(Processor(tokenizer=Slow()), config)
-
-
-def test_configs_without_the_tokenizers_placeholder_are_errors():
-    class TextConfig:
-        pass
-
-    with pytest.raises(ValueError, match=r"TextConfig has none of image_token_id, .*; pass the config of the whole"):
-        ChatTemplate.of(Processor(), TextConfig())
-    with pytest.raises(ValueError, match=r"placeholder ids \[99999\] of SimpleNamespace are no tokens of Processor's"):
-        ChatTemplate.of(Processor(), SimpleNamespace(image_token_id=99999))
-
-
 def test_the_visual_ids_are_all_that_the_config_names():
     processor = Processor()
     image, video = processor.tokenizer.convert_tokens_to_ids(["[img]", "[video]"])
     config = SimpleNamespace(image_token_index=image, video_token_id=video, text_config=None)
     assert ChatTemplate.of(processor, config).visual == {image, video}
-
-
-# The same roles as by ids.
 
 
 @pytest.mark.parametrize(
