@@ -147,6 +147,11 @@ def test_strongest_layers_and_head_are_those_of_the_arrays(result):
     assert strongest_heads(result, "response")[0][:3] == ["11", "1", "90.0"]
 
 
+def test_a_model_without_sinks_is_told_so(result):
+    result["scopes"]["response"]["sinks"] |= {"tokens": 0.0, "mass_share": 0.0}
+    assert "no image token is a sink, border cells 18.0 %" in said(result)
+
+
 def test_an_interval_that_reaches_another_class_says_so(result):
     result["scopes"]["user"] |= {"vas": 9.5, "interval": [8.5, 10.5]}
     assert "9.50 (95 %: 8.50–10.5), narrow, and perhaps wide." in said(result)
@@ -247,7 +252,14 @@ def test_two_results_stand_side_by_side_with_their_change(result):
 def test_names_are_as_much_of_the_path_as_tells_models_apart():
     paths = ["runs/a/step_100", "runs/b/step_100", "other/x/step_7"]
     assert model_names([{"model": path} for path in paths]) == ["a/step_100", "b/step_100", "x/step_7"]
-    assert model_names([{"model": "m"}, {"model": "m"}]) == ["m (1)", "m (2)"]
+    assert model_names([{"model": path} for path in ("/x/m", "/x/m", "/x/n")]) == ["m (1)", "m (2)", "n"]
+
+
+def test_results_on_different_rows_are_not_compared_in_silence(result):
+    other = copy.deepcopy(result) | {"samples": 5}
+    assert "Not measured on the same rows" in said(result, other)
+    assert "Tiny-VL (1) 200 rows of questions.jsonl, Tiny-VL (2) 5 rows of questions.jsonl" in said(result, other)
+    assert "same rows" not in said(result, copy.deepcopy(result))
 
 
 @pytest.mark.parametrize(

@@ -106,5 +106,7 @@ def settings(result: dict) -> dict[str, str]:
     }
     for scope in scopes_of([result]):
         if (share := (result["scopes"][scope].get("sinks") or {}).get("share")) is not None:
-            known["sink"] = f"an image token with more than {percent(share)} % of the attention to its image"
+            known["sink"] = (
+                f"an image token with over {percent(share)} % of the attention to the image, far above an even part"
+            )
     return {name: str(value) for name, value in known.items() if value is not None}

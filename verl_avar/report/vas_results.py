@@ -69,13 +69,17 @@ def series(record: dict | None, *keys: str) -> np.ndarray | None:
 
 
 def model_names(results: Sequence[dict]) -> list[str]:
-    """A short name of each model that tells it from the others: as much of its path's end as that takes."""
+    """A short name of each model that tells it from the others: as much of its path's end as that takes, and a number
+    where two have the same path."""
     paths = [PurePath(str(result["model"])).parts or ("?",) for result in results]
-    for length in range(1, max(map(len, paths), default=1) + 1):
-        names = ["/".join(path[-length:]) for path in paths]
-        if len(set(names)) == len(names):
-            return names
-    return [f"{name} ({index})" for index, name in enumerate(names, start=1)] if len(names) > 1 else names
+    length = 1
+    while len({path[-length:] for path in paths}) < len(set(paths)):
+        length += 1
+    names = ["/".join(path[-length:]) for path in paths]
+    return [
+        name if names.count(name) == 1 else f"{name} ({names[: index + 1].count(name)})"
+        for index, name in enumerate(names)
+    ]
 
 
 def between(record: dict, key: str) -> list[float] | None:

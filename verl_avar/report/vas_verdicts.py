@@ -20,6 +20,7 @@ def vas_verdicts(results: Sequence[dict], names: Sequence[str]) -> list[str]:
     named = [(f"{name}: " if len(results) > 1 else "", result) for name, result in zip(names, results, strict=True)]
     lines = [_looks(prefix, result) for prefix, result in named]
     lines += [_change(names[0], results[0], *other) for other in zip(names[1:], results[1:], strict=True)]
+    lines += [_other_rows(names, results)]
     if len(results) == 1:
         lines += [_layers(results[0]), _sinks(results[0])]
     lines += [_decay(named), _dominated(names, results)]
@@ -79,6 +80,17 @@ def _change(name: str, first: dict, other_name: str, other: dict) -> str | None:
     if no_sinks[0] and no_sinks[1] is not None:
         line += f", without sinks {digits(no_sinks[1] / no_sinks[0])}×"
     return f"{line}; {masses_change(*masses)}." if all(masses) else f"{line}."
+
+
+def _other_rows(names: Sequence[str], results: Sequence[dict]) -> str | None:
+    """A warning where the results are not over the same data."""
+    measured = {
+        name: (r["samples"], str(r.get("data", "unknown data"))) for name, r in zip(names, results, strict=True)
+    }
+    if len(set(measured.values())) < 2:
+        return None
+    listed = ", ".join(f"{name} {samples} rows of {data}" for name, (samples, data) in measured.items())
+    return f"Not measured on the same rows, which may make a difference of its own: {listed}."
 
 
 def _overlap(ends: list[list[float] | None]) -> str:
@@ -169,7 +181,8 @@ def _sinks(result: dict) -> str | None:
     share, tokens, border = (number(sinks, key) for key in ("mass_share", "tokens", "border_share"))
     parts = []
     if share is not None and tokens is not None:
-        parts.append(f"{tokens:.1f} sink tokens a sample take {percent(share)} %")
+        sinks_take = f"{tokens:.1f} sink tokens a sample take {percent(share)} %"
+        parts.append(sinks_take if tokens else "no image token is a sink")
     if border is not None:
         parts.append(f"border cells {'' if parts else 'take '}{percent(border)} %")
     if not parts:
