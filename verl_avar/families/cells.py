@@ -52,7 +52,12 @@ def _count(config, inputs: dict) -> int:
         _, images, tiles = inputs["aspect_ratio_mask"].shape
         return images * tiles * ((config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1)
     visual = [config.image_token_id, getattr(config, "video_token_id", None)]
-    return int(np.isin(np.asarray(inputs["input_ids"]), [i for i in visual if i is not None]).sum())
+    return int(np.isin(_array(inputs["input_ids"]), [i for i in visual if i is not None]).sum())
+
+
+def _array(values) -> np.ndarray:
+    """A tensor on any device, or a list, as an array."""
+    return np.asarray(values.cpu() if hasattr(values, "cpu") else values)
 
 
 def grid(rows: int, columns: int, window: Window = WHOLE) -> np.ndarray:
@@ -91,7 +96,7 @@ def padded(size: tuple[float, float], canvas: tuple[float, float], corner: tuple
 def _qwen(config, processor, inputs, images):
     """The image is stretched to a grid of patches; a token is merge × merge of them."""
     merge = config.vision_config.spatial_merge_size
-    for frames, rows, columns in np.asarray(inputs.get("image_grid_thw", np.zeros((0, 3), int))).tolist():
+    for frames, rows, columns in _array(inputs.get("image_grid_thw", ())).tolist():
         yield [grid(rows // merge, columns // merge)] * frames
 
 
@@ -157,8 +162,10 @@ def _llava_onevision(config, processor, inputs, images):
     tile, patch = vision.image_size, vision.patch_size
     side = tile // patch
     limit = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
-    alone = [n == 1 for n in np.asarray(inputs.get("batch_num_images", [1] * len(images))).tolist() for _ in range(n)]
-    for image, is_alone in zip(images, alone, strict=True):
+    counts = _array(inputs.get("batch_num_images", [1] * len(images))).tolist()
+    if sum(counts) != len(images):
+        raise ValueError(f"cells: llava_onevision: batch_num_images {counts} for {len(images)} images of one sequence")
+    for image, is_alone in zip(images, [n == 1 for n in counts for _ in range(n)], strict=True):
         size = (image.width, image.height)
         if not is_alone:
             square = max(size)
