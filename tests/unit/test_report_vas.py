@@ -500,3 +500,11 @@ def test_intervention_marks_the_changes_that_are_clear_of_zero():
     assert marks == {1: "white", 2: study_figures.BLUE}
     words = texts(figure)
     assert "+1.0" in words and "+20.0" in words and "β 0.1" in words and "–" in words  # no VAS at the last
+
+
+def test_a_vas_that_explodes_is_drawn_on_a_log_scale():
+    names = ("accuracy", "format", "tokens", "head_mean")
+    points = [{"name": "baseline"} | {name: figure_of(0.5) for name in names}]
+    points.append(points[0] | {"name": "β 9", "head_mean": figure_of(60.0)})
+    scales = {axes.get_title(loc="left"): axes.get_xscale() for axes in study_figures.intervention_figure(points).axes}
+    assert scales.pop("VAS, response, log") == "log" and set(scales.values()) == {"linear"}

@@ -15,7 +15,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
-from verl_avar.report.drawing import BLACK, BLUE, GREY, ORANGE, TEXT, WIDTH, panels, plain
+from verl_avar.report.drawing import BLACK, BLUE, GREY, ORANGE, TEXT, WIDTH, panels, plain, wide_range
 from verl_avar.report.results import digits, number
 
 SHADES = ("#F2F2F2", "#E3EEF5", "#CFE3F0")  # of the paper's classes, from narrow to panoramic
@@ -146,23 +146,27 @@ def intervention_figure(points: Sequence[dict]) -> Figure:
     """The points of a sweep, a row each: accuracy and its change, then VAS, length and format of the responses.
 
     points: as in intervene.json (`evaluation.intervene.summarise`), the baseline first. Bars are 95 % intervals; a full
-    mark of a change says that its interval leaves out 0.
+    mark says that the interval of the change from the baseline leaves out 0. VAS is head-averaged.
     """
-    height = 1.0 + ROW * len(points)
+    height = 1.1 + ROW * len(points)
     figure = Figure(figsize=(WIDTH, 2 * height), dpi=150)
     figure.set_layout_engine("constrained")
     upper, lower = figure.subfigures(2, 1)
     answers, responses = upper.subplots(1, 2, sharey=True), lower.subplots(1, 3, sharey=True)
     _rows(answers[0], points, "right answers, %", "accuracy", factor=100)
     _rows(answers[1], points, "change, points (paired)", "accuracy", factor=100, change=True)
-    _rows(responses[0], points, "VAS of the response", "head_mean")
+    _rows(responses[0], points, "VAS, response", "head_mean")
     _rows(responses[1], points, "length, tokens", "tokens")
     _rows(responses[2], points, "right format, %", "format", factor=100)
     for axes in (answers[0], responses[0]):
         names = [textwrap.fill(str(point["name"]), 18, max_lines=2, placeholder=" …") for point in points]
         axes.set_yticks(range(len(points)), names, fontsize=TEXT - 1)
         axes.set_ylim(len(points) - 0.4, -0.7)
-    lower.supxlabel("bars: 95 % intervals; full marks: the interval of the change leaves out 0", fontsize=TEXT - 1)
+    note = (
+        "bars: 95 % intervals; full marks: that of the change leaves out 0",
+        "(each for itself, not corrected for number)",
+    )
+    lower.supxlabel("\n".join(note), fontsize=TEXT - 1)
     return figure
 
 
@@ -197,9 +201,13 @@ def _rows(axes: Axes, points: Sequence[dict], title: str, key: str, factor: floa
             fontsize=TEXT - 3,
             path_effects=HALO,
         )
-    axes.set_title(title, fontsize=TEXT - 1, loc="left")
+    log = not change and factor == 1 and wide_range([number(point, key, "value") for point in points])
+    axes.set_title(title + ", log" * log, fontsize=TEXT - 1, loc="left")
     axes.margins(x=0.15)
-    axes.xaxis.set_major_locator(MaxNLocator(4))
+    if log:
+        axes.set_xscale("log")
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.grid(axis="y", color="#EFEFEF")
     axes.set_axisbelow(True)
     plain(axes)
