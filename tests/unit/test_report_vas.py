@@ -6,11 +6,10 @@ import re
 
 import numpy as np
 import pytest
-from PIL import Image
 from rich.console import Console
 from test_report import make_sample
 
-from verl_avar.report import HeatmapSample, heatmaps, study_figures, vas_figures
+from verl_avar.report import HeatmapSample, vas_figures
 from verl_avar.report.vas_page import failures, print_vas, render_vas, strongest_heads
 from verl_avar.report.vas_results import model_names
 from verl_avar.report.vas_verdicts import vas_verdicts
@@ -378,133 +377,3 @@ def test_a_head_without_any_visual_attention_does_not_break_the_log_scale(result
     vas_figures.head_map(result, "response").savefig(io.BytesIO())
     by_head["vas"] = np.zeros((4, 2)).tolist()
     vas_figures.head_map(result, "response").savefig(io.BytesIO())
-
-
-# Heat maps
-
-
-@pytest.mark.parametrize("steps", [0, 1, 30])
-@pytest.mark.parametrize(("size", "grid"), [((84, 84), (3, 3)), ((1920, 1080), (39, 69)), ((60, 1500), (53, 2)),
-                                            ((2000, 50), (2, 71))])  # fmt: skip
-def test_sheet_holds_every_step_of_any_image(steps, size, grid):
-    rng = np.random.default_rng(0)
-    words = [(f"Step {n} " + "long " * n, rng.random(grid) / 1000) for n in range(steps)]
-    figure = heatmaps.heatmap_sheet(HeatmapSample(Image.new("RGB", size, "white"), "Why $5 < 7?", words))
-    assert len(figure.axes) == 1 + steps
-    corners = [axes.get_position().corners() for axes in figure.axes]
-    assert np.min(corners) >= 0 and np.max(corners) <= 1
-    assert all(axes.images[0].get_array().shape[0] >= 1 for axes in figure.axes)
-    assert sum(text.get_text().startswith("Step") for text in figure.texts) == steps
-
-
-def test_text_in_any_script_is_drawn_or_marked_as_missing(recwarn):
-    image, weights = Image.new("RGB", (56, 56)), np.full((2, 2), 0.1)
-    steps = [("三角形的面积 🙂 \U000f0000", weights), ("Ответ: пять\t\x00 \ud800", weights), ("", weights)]
-    figure = heatmaps.heatmap_sheet(HeatmapSample(image, "ما هو؟", steps))
-    figure.savefig(io.BytesIO())
-    assert not [warning for warning in recwarn if "lyph" in str(warning.message)]
-    assert heatmaps.MISSING in figure.texts[1].get_text()
-    assert "no installed font has this character" in figure.texts[-1].get_text()
-    assert "Ответ: пять" in figure.texts[2].get_text()
-
-
-def test_wrapping_keeps_all_words_within_the_width():
-    text = "Looking at the image again, supercalifragilisticexpialidocious is written there"
-    lines = heatmaps.wrap(text, 20)
-    assert "".join(lines).replace(" ", "") == text.replace(" ", "") and max(map(len, lines)) <= 20
-    assert len(heatmaps.wrap("word " * 200, 20)) == heatmaps.WORDS
-    assert heatmaps.wrap("  ", 20) == []
-
-
-def test_a_few_sinks_do_not_veil_the_rest():
-    weights = np.full((30, 30), 0.0005)
-    weights[10:20, 10:20] = 0.002
-    weights[0, 0] = 0.4
-    sample = HeatmapSample(Image.new("RGB", (600, 600), "white"), "?", [("a", weights)])
-    top = heatmaps.brightest(sample)
-    assert top == 0.002
-    clear = np.asarray(heatmaps.veil(weights, top))[..., 3]
-    assert (clear[10:20, 10:20] == 0).all() and clear[0, 0] == 0 and (clear[25:, 25:] > 150).all()
-
-
-def test_veil_thins_in_proportion_to_attention():
-    weights = np.array([[0.0, 0.1], [0.2, 0.4]])
-    alpha = np.asarray(heatmaps.veil(weights, 0.4))[..., 3]
-    np.testing.assert_array_equal(alpha, np.rint(255 * heatmaps.OPACITY * np.array([[1, 0.75], [0.5, 0]])))
-
-
-# Studies
-
-STATISTICS = {
-    "points": 4,
-    "pearson": {"r": 0.996, "p": 0.0039, "interval": [0.9, 1.0]},
-    "spearman": {"rho": 1.0, "p": 0.083},
-    "line": {"slope": 0.6, "intercept": 44.6},
-}
-
-
-def points_at(*vas: float) -> list[dict]:
-    return [{"name": f"model ${i}$", "vas": v, "accuracy": 44.6 + 0.6 * v} for i, v in enumerate(vas)]
-
-
-def test_correlation_names_points_classes_and_coefficient():
-    words = texts(study_figures.correlation_figure(points_at(7.5, 10.1, 13.8, 18.9), STATISTICS))
-    for expected in (
-        "model $0$",
-        "model $3$",
-        "narrow\n< 10",
-        "wide\n10–15",
-        "panoramic\n> 15",
-        "r = 0.996, p = 0.0039",
-    ):
-        assert expected in words
-
-
-def test_classes_are_shown_for_the_papers_vas_only():
-    shown = study_figures.correlation_figure(points_at(7.5, 10.1, 18.9), STATISTICS, "response", "head_mean")
-    assert "narrow" not in texts(shown) and "VAS, heads averaged (response)" in texts(shown)
-
-
-def test_names_of_points_do_not_cover_each_other_or_leave_the_axes():
-    rng = np.random.default_rng(0)
-    figure = study_figures.correlation_figure(points_at(*rng.uniform(6, 19, 12)), STATISTICS)
-    figure.savefig(io.BytesIO())
-    axes, renderer = figure.axes[0], figure.canvas.get_renderer()
-    names = [text for text in axes.texts if text.get_text().startswith("model")]
-    boxes = [super(type(text), text).get_window_extent(renderer) for text in names]
-    frame = axes.get_window_extent(renderer)
-    assert len(boxes) == 12
-    for index, box in enumerate(boxes):
-        assert not any(box.overlaps(other) for other in boxes[:index])
-        assert frame.x0 <= box.x0 and box.x1 <= frame.x1
-
-
-def figure_of(value, difference=None, half=0.05) -> dict:
-    return {
-        "value": value,
-        "interval": None if value is None else [value - half, value + half],
-        "difference": difference,
-        "difference_interval": None if difference is None else [difference - half, difference + half],
-    }
-
-
-def test_intervention_marks_the_changes_that_are_clear_of_zero():
-    points = [
-        {"name": name, "accuracy": figure_of(0.6 + (change or 0), change), "format": figure_of(0.9, None),
-         "tokens": figure_of(150.0, None), "head_mean": figure_of(vas)}
-        for name, change, vas in (("baseline", None, 1.2), ("β 0.1", 0.01, 1.4), ("β 2", 0.2, None))
-    ]  # fmt: skip
-    figure = study_figures.intervention_figure(points)
-    change = next(axes for axes in figure.axes if axes.get_title(loc="left").startswith("change"))
-    marks = {line.get_ydata()[0]: line.get_markerfacecolor() for line in change.lines if line.get_marker() == "o"}
-    assert marks == {1: "white", 2: study_figures.BLUE}
-    words = texts(figure)
-    assert "+1.0" in words and "+20.0" in words and "β 0.1" in words and "–" in words  # no VAS at the last
-
-
-def test_a_vas_that_explodes_is_drawn_on_a_log_scale():
-    names = ("accuracy", "format", "tokens", "head_mean")
-    points = [{"name": "baseline"} | {name: figure_of(0.5) for name in names}]
-    points.append(points[0] | {"name": "β 9", "head_mean": figure_of(60.0)})
-    scales = {axes.get_title(loc="left"): axes.get_xscale() for axes in study_figures.intervention_figure(points).axes}
-    assert scales.pop("VAS, response, log") == "log" and set(scales.values()) == {"linear"}
