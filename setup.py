@@ -24,6 +24,7 @@ TRAINING = [
     "TransferQueue>=0.1.10,<0.2",
     "hydra-core>=1.3,<1.4",
     "math-verify[antlr4_9_3]>=0.8",
+    "num2words>=0.5.13",  # transformers' processor of SmolVLM does not load without it
     "qwen-vl-utils>=0.0.14",
     "ray[default]>=2.50,<3",
     "scikit-learn>=1.5",  # the miniature's handwritten digits

@@ -44,7 +44,12 @@ def load_checkpoint(
     Raises OSError where the folder holds no checkpoint, ValueError where transformers knows no vision-language model of
     its kind or where its template has no determinable roles.
     """
-    config = AutoConfig.from_pretrained(path)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        if Path(path).exists():
+            raise
+        raise FileNotFoundError(f"{path}: no such folder, and no checkpoint of that name can be had") from error
     if type(config) not in AutoModelForImageTextToText._model_mapping:
         raise ValueError(
             f"{path}: transformers has no vision-language model for {type(config).__name__}; a text-only model has no "

@@ -13,7 +13,7 @@ from verl_avar import families
 from verl_avar.attention.hf import probe
 from verl_avar.evaluation.answer import Answers
 from verl_avar.evaluation.checkpoint import Checkpoint
-from verl_avar.evaluation.visual_tokens import VisualTokens, without
+from verl_avar.evaluation.visual_tokens import VisualTokens
 from verl_avar.roles import Role, query_mask
 from verl_avar.vas import sample_vas
 
@@ -50,7 +50,13 @@ def measure(
     scopes, roles = SCOPES[scope], answers.roles
     # The pictures of a cross-attention model are not tokens of the sequence: no sinks, no borders.
     crossed = families.cross_attention_layers(checkpoint.model)
-    tokens = VisualTokens(roles, scopes, ROLES.index(Role.SYSTEM), follow)
+    tokens = VisualTokens(
+        roles,
+        scopes,
+        ROLES.index(Role.SYSTEM),
+        lambda layer: families.reach(checkpoint.model, roles, [layer])[0],
+        follow,
+    )
 
     def visual(layer: int, *block) -> None:
         if not crossed or layer in crossed:
@@ -60,6 +66,7 @@ def measure(
     with probe(roles, queries=asked, layers=layers, of=ROLES, visual=visual) as record:
         checkpoint.model(**answers.inputs, **last_logits_only(checkpoint.model))
     masses, measured_layers = families.masses(checkpoint.model, record, ROLES)
+    reach = families.reach(checkpoint.model, roles, measured_layers)
     results = []
     for b in range(roles.shape[0]):
         if not (roles[b] == Role.VISUAL).any():
@@ -70,10 +77,11 @@ def measure(
             queries = query_mask(roles[b : b + 1], name)[0]
             if not queries.any():
                 continue
-            records.append(_record(name, masses[:, b, :, queries], (roles[b] == Role.SYSTEM).any()))
+            has_system = bool((roles[b] == Role.SYSTEM).any())
+            records.append(_record(name, masses[:, b, :, queries], reach[:, b, queries], has_system))
             if not crossed:
                 border = borders[b] if borders is not None else None
-                records[-1] |= _sinks(tokens, b, name, sink_share, border, records[-1], len(measured_layers))
+                records[-1] |= _sinks(tokens, b, name, sink_share, border, has_system)
         problem = None if records else f"no queries in the {scope} scope"
         results.append(Measured(records, measured_layers, tokens.steps(b) if b in follow else None, problem))
     return results
@@ -84,17 +92,18 @@ def last_logits_only(model: torch.nn.Module) -> dict[str, int]:
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
-def _record(scope: str, masses: torch.Tensor, has_system: bool) -> dict:
-    """One sample in one scope as plain lists. masses: [L, H, n, R] of its queries.
+def _record(scope: str, masses: torch.Tensor, reach: torch.Tensor, has_system: bool) -> dict:
+    """One sample in one scope as plain lists. masses: [L, H, n, R] of its queries; reach: bool [L, n].
 
     Without a system turn there is no VAS: `vas`, `head_mean` and `by_query` are None.
     """
     visual, system, user, response = masses.double().unbind(-1)
-    vas = sample_vas(visual, system)
+    vas = sample_vas(visual, system, reach)
     by_position = torch.stack([visual, system, user, response]).mean((1, 2)).float()  # [4, n]
     return {
         "scope": scope,
         "queries": vas.queries,
+        "reached": vas.reached.tolist(),
         "vas": vas.ratio.flatten().tolist() if has_system else None,
         "visual": vas.visual.flatten().tolist(),
         "system": vas.system.flatten().tolist(),
@@ -106,23 +115,19 @@ def _record(scope: str, masses: torch.Tensor, has_system: bool) -> dict:
     }
 
 
-def _sinks(
-    tokens: VisualTokens, b: int, scope: str, share: float, border: np.ndarray | None, record: dict, layers: int
-) -> dict:
+def _sinks(tokens: VisualTokens, b: int, scope: str, share: float, border: np.ndarray | None, has_system: bool) -> dict:
     """Figures without the sample's sinks, and without the visual tokens on its border."""
-    sums, sinks = tokens.sums(b, scope), tokens.sinks(b, share)
-    total = float(sums.mass.sum()) or 1.0
+    shares = tokens.shares(b, scope)
+    total = float(shares.mass.sum()) or 1.0
 
     def figures(name: str, dropped: np.ndarray) -> dict:
-        rest = without(sums, ~dropped, layers, record["queries"])
-        if record["vas"] is None:
+        rest = shares.without(dropped)
+        taken = 1 - rest["visual"] / total
+        if not has_system:
             rest |= {"vas": None, "head_mean": None}
-        taken = float(sums.mass[torch.from_numpy(dropped)].sum()) / total
         return {f"{name}_tokens": int(dropped.sum()), f"{name}_share": taken} | {
             f"{name}_free_{key}": value for key, value in rest.items()
         }
 
-    found = figures("sink", sinks)
-    if border is not None:
-        found |= figures("border", border)
-    return found
+    found = figures("sink", tokens.sinks(b, share))
+    return found | figures("border", border) if border is not None else found

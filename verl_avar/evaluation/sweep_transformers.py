@@ -14,6 +14,7 @@ from verl_avar.attention.mass import MASS_ROLES
 from verl_avar.evaluation.answer import Answers, answer, answer_masses, end_tokens
 from verl_avar.evaluation.checkpoint import Checkpoint
 from verl_avar.evaluation.images import open_images
+from verl_avar.evaluation.isolation import isolated
 from verl_avar.evaluation.sweep import Backend, Task
 from verl_avar.evaluation.vas_run import check_model
 from verl_avar.roles import Role, query_mask
@@ -27,7 +28,9 @@ def backend(checkpoint: Checkpoint, bias: dict, max_new_tokens: int, batch_size:
         for _, group in itertools.groupby(tasks, key=lambda task: task.strength.key):
             same = list(group)
             for first in range(0, len(same), batch_size):
-                yield from _isolated(checkpoint, same[first : first + batch_size], bias, max_new_tokens)
+                batch = same[first : first + batch_size]
+                for task, record in isolated(batch, lambda tasks: _batch(checkpoint, tasks, bias, max_new_tokens)):
+                    yield task, {"problem": record} if isinstance(record, str) else record
 
     return run
 
@@ -46,22 +49,6 @@ def check(checkpoint: Checkpoint, visual: bool, bias: dict) -> None:
         )
 
 
-def _isolated(checkpoint: Checkpoint, tasks: list[Task], bias: dict, limit: int) -> Iterator[tuple[Task, dict]]:
-    """Records of a batch. One bad row does not take others with it."""
-    try:
-        records = _batch(checkpoint, tasks, bias, limit)
-    except Exception as error:  # whatever a processor or a model raises on this input; the row is named and counted
-        if len(tasks) > 1:
-            for task in tasks:
-                yield from _isolated(checkpoint, [task], bias, limit)
-            return
-        text = " ".join(str(error).split())[:300]
-        expected = isinstance(error, ValueError | OSError) and text
-        yield tasks[0], {"problem": text if expected else f"{type(error).__name__}: {text}"}
-        return
-    yield from zip(tasks, records, strict=True)
-
-
 def _batch(checkpoint: Checkpoint, tasks: list[Task], bias: dict, limit: int) -> list[dict]:
     strength = tasks[0].strength
     intervention = None
@@ -70,13 +57,14 @@ def _batch(checkpoint: Checkpoint, tasks: list[Task], bias: dict, limit: int) ->
     images = [open_images(task.row.images) for task in tasks]
     answers = answer(checkpoint, [task.row.messages for task in tasks], images, limit, intervention)
     record = answer_masses(checkpoint, answers, "response", intervention)
-    masses, _ = families.masses(checkpoint.model, record, MASS_ROLES)
+    masses, layers = families.masses(checkpoint.model, record, MASS_ROLES)
+    reach = families.reach(checkpoint.model, answers.roles, layers)
     ends = torch.tensor(end_tokens(checkpoint), device=answers.roles.device)
-    return [_record(answers, b, masses[:, b], ends) for b in range(len(tasks))]
+    return [_record(answers, b, masses[:, b], reach[:, b], ends) for b in range(len(tasks))]
 
 
-def _record(answers: Answers, b: int, masses: torch.Tensor, ends: torch.Tensor) -> dict:
-    """One sample. masses: [L, H, T, R] of MASS_ROLES."""
+def _record(answers: Answers, b: int, masses: torch.Tensor, reach: torch.Tensor, ends: torch.Tensor) -> dict:
+    """One sample. masses: [L, H, T, R] of MASS_ROLES; reach: bool [L, T]."""
     roles = answers.roles[b]
     written = answers.inputs["input_ids"][b][roles == Role.RESPONSE]
     asked = query_mask(roles[None], "response")[0]
@@ -89,10 +77,10 @@ def _record(answers: Answers, b: int, masses: torch.Tensor, ends: torch.Tensor) 
     attention = {"vas": None, "head_mean": None, "visual": None, "system": None}
     if asked.any() and (roles == Role.VISUAL).any():
         of = {role: masses[:, :, asked, MASS_ROLES.index(role)] for role in (Role.VISUAL, Role.SYSTEM)}
-        vas = sample_vas(of[Role.VISUAL], of[Role.SYSTEM])
+        vas = sample_vas(of[Role.VISUAL], of[Role.SYSTEM], reach[:, asked])
         attention |= {"visual": float(vas.visual.mean()), "system": float(vas.system.mean())}
         if (roles == Role.SYSTEM).any():
-            attention |= {"vas": float(vas.ratio.mean()), "head_mean": float(vas.head_mean.mean())}
+            attention |= {"vas": vas.paper, "head_mean": vas.heads_averaged}
         if not all(value is None or math.isfinite(value) for value in attention.values()):
             raise ValueError("the attention masses are not finite numbers; try --dtype float32 or bfloat16")
     return found | attention

@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs `avar vas`; returns the exit status: 0, 1 where nothing could be measured, 2 for bad input."""
     try:
         others = [read_result(path) for path in arguments.compare]
-        result, out = measure_checkpoint(arguments)
+        result, out = measure_checkpoint(arguments, others)
     except (OSError, ValueError, RuntimeError) as error:
         print(f"avar vas: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -60,8 +60,11 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if result["samples"] else 1
 
 
-def measure_checkpoint(arguments: argparse.Namespace) -> tuple[dict, Path]:
-    """Measures what the options ask for and writes everything into the output folder: (vas.json, folder)."""
+def measure_checkpoint(arguments: argparse.Namespace, others: list[dict]) -> tuple[dict, Path]:
+    """Measures what the options ask for and writes everything into the output folder: (vas.json, folder).
+
+    others: results that the page shows beside these.
+    """
     from verl_avar.evaluation.partial import begin, fingerprint
     from verl_avar.evaluation.rows import read_rows
 
@@ -77,6 +80,7 @@ def measure_checkpoint(arguments: argparse.Namespace) -> tuple[dict, Path]:
 
     from verl_avar.evaluation.checkpoint import load_checkpoint
     from verl_avar.evaluation.vas_run import Settings, check_model, measure_rows
+    from verl_avar.report.vas_page import render_vas
 
     disable_progress_bar()
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -116,18 +120,19 @@ def measure_checkpoint(arguments: argparse.Namespace) -> tuple[dict, Path]:
         strict=arguments.strict,
         progress=progress,
     )
-    return finish(checkpoint, arguments, rows, settings, outcome, out, time.monotonic() - started), out
+    result, samples = finish(checkpoint, arguments, rows, settings, outcome, out, time.monotonic() - started)
+    render_vas(result, samples, out, others)
+    return result, out
 
 
-def finish(checkpoint, arguments, rows, settings, outcome, out: Path, seconds: float) -> dict:
-    """vas.json, vas.parquet, figures and page from the parts on disk."""
+def finish(checkpoint, arguments, rows, settings, outcome, out: Path, seconds: float) -> tuple[dict, list]:
+    """vas.json and the tables from the parts on disk: (vas.json, the samples of the pictures)."""
     import pandas as pd
 
     from verl_avar import families
     from verl_avar.evaluation.partial import write_parquet, write_text
     from verl_avar.evaluation.vas_run import overlays
     from verl_avar.evaluation.vas_summary import by_head, summarise
-    from verl_avar.report.vas_page import render_vas
 
     parts = sorted((out / "parts").glob("*.parquet"))
     if not parts:
@@ -156,8 +161,7 @@ def finish(checkpoint, arguments, rows, settings, outcome, out: Path, seconds: f
     write_parquet(out / "vas.parquet", by_head(table))
     kept = ["id", "question", "answer", "response", "prompt_tokens", "response_tokens", "visual_tokens"]
     write_parquet(out / "samples.parquet", table.drop_duplicates("number")[kept])
-    render_vas(result, overlays(table, rows), out)
-    return result
+    return result, overlays(table, rows)
 
 
 def notes(table, outcome, crossed: bool) -> list[str]:

@@ -22,6 +22,7 @@ from verl_avar.evaluation.answer import Answers, answer, given
 from verl_avar.evaluation.checkpoint import Checkpoint
 from verl_avar.evaluation.heatmap import Places, border, by_piece, heatmap, places, sentences
 from verl_avar.evaluation.images import open_images
+from verl_avar.evaluation.isolation import isolated
 from verl_avar.evaluation.measure import SCOPES, Measured, measure
 from verl_avar.evaluation.partial import write_parquet
 from verl_avar.evaluation.rows import Row
@@ -86,13 +87,18 @@ def measure_rows(
     for batch in progress(batches, batch_size):
         started = time.monotonic()
         records = []
-        for number, result in _isolated(checkpoint, rows, batch, settings, followed):
+
+        def work(numbers: Sequence[int]) -> list[list[dict] | str]:
+            follow = [number in followed for number in numbers]
+            return list(_batch(checkpoint, [rows[number] for number in numbers], settings, follow))
+
+        for number, result in isolated(batch, work):
             if isinstance(result, str):
                 outcome.count(rows[number], result)
                 if strict:
                     raise ValueError(f"row {rows[number].id}: {result}")
             else:
-                records += result
+                records += [{"number": number} | record for record in result]
         for record in records:
             record["seconds"] = (time.monotonic() - started) / len(batch)
         if records:
@@ -105,25 +111,6 @@ def measured(folder: Path) -> set[int]:
     return {
         int(n) for part in sorted(folder.glob("*.parquet")) for n in pd.read_parquet(part, columns=["number"])["number"]
     }
-
-
-def _isolated(
-    checkpoint: Checkpoint, rows: Sequence[Row], batch: list[int], settings: Settings, followed: set[int]
-) -> Iterator[tuple[int, list[dict] | str]]:
-    """Records of each row of a batch, or the reason why it has none. One bad row does not take others with it."""
-    try:
-        results = list(_batch(checkpoint, [rows[n] for n in batch], settings, [n in followed for n in batch]))
-    except Exception as error:  # whatever a processor or a model raises on this input; the row is named and counted
-        if len(batch) > 1:
-            for number in batch:
-                yield from _isolated(checkpoint, rows, [number], settings, followed)
-            return
-        expected = isinstance(error, ValueError | OSError)
-        text = " ".join(str(error).split())[:300]
-        yield batch[0], text if expected and text else f"{type(error).__name__}: {text}"
-        return
-    for number, records in zip(batch, results, strict=True):
-        yield number, [{"number": number} | r for r in records] if isinstance(records, list) else records
 
 
 def _batch(

@@ -55,6 +55,7 @@ def _scope(part: pd.DataFrame, classed: bool, sink_share: float, seed: int) -> d
         vas.add_sample(
             SampleVas(
                 record["queries"],
+                torch.tensor(np.array(record["reached"]), dtype=torch.float64),
                 grid(record["vas"]),
                 grid(record["visual"]),
                 grid(record["system"]),
@@ -69,8 +70,8 @@ def _scope(part: pd.DataFrame, classed: bool, sink_share: float, seed: int) -> d
     }
     summary = vas.summary() if vas.queries else {"paper": None, "head_mean": None, "median": None, "by_layer": None}
     paper = vas.by_head if vas.queries else None
-    of_sample = {key: [float(np.mean(v)) for v in scored[key]] for key in ("vas", "head_mean")}
-    return {
+    of_sample = {key: [float(np.nanmean(v)) for v in scored[key]] for key in ("vas", "head_mean")}
+    found = {
         "vas": summary["paper"],
         "class": vas_class(summary["paper"]) if classed and vas.queries else None,
         "interval": _interval(of_sample["vas"], scored["queries"], seed),
@@ -94,6 +95,16 @@ def _scope(part: pd.DataFrame, classed: bool, sink_share: float, seed: int) -> d
         "queries": int(part["queries"].sum()),
         "sinks": _sinks(part, sink_share),
     }
+    return _plain(found)
+
+
+def _plain(value):
+    """None for what is not a number: a layer without a VAS."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _sinks(part: pd.DataFrame, share: float) -> dict | None:
@@ -132,9 +143,9 @@ def _positions(response: pd.DataFrame) -> dict | None:
         sums[:, : values.shape[1]] += values
         count[: values.shape[1]] += 1
     ratios, scored = np.zeros(longest), np.zeros(longest, dtype=int)
-    for values in response["by_query"].dropna():
-        ratios[: len(values)] += np.array(values)
-        scored[: len(values)] += 1
+    for values in map(np.array, response["by_query"].dropna()):
+        ratios[: len(values)] += np.nan_to_num(values)
+        scored[: len(values)] += ~np.isnan(values)
     return {
         "position": list(range(longest)),
         "n": count.tolist(),

@@ -6,7 +6,7 @@ much of VAS they carry is exact: VAS is linear in the visual tokens' masses, so 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,28 +21,48 @@ TIMES_EVEN = 5
 
 
 @dataclass
-class TokenSums:
-    """Sums over layers and a scope's queries for each of V visual tokens; float64 [V] each."""
+class TokenShares:
+    """What each of V visual tokens adds to the figures of one sample and scope; float64 [V] each."""
 
-    mass: torch.Tensor  # of the mass, heads averaged
-    ratio: torch.Tensor  # of each head's mass over that head's system mass, heads averaged
-    head_mean: torch.Tensor  # of the head-averaged mass over the head-averaged system mass
+    mass: torch.Tensor  # to the visual mass
+    vas: torch.Tensor  # to the paper's VAS
+    head_mean: torch.Tensor  # to the head-averaged VAS
+
+    def without(self, dropped: np.ndarray) -> dict[str, float]:
+        """The figures without some tokens. dropped: bool [V]."""
+        kept = torch.from_numpy(~dropped)
+        return {
+            "vas": float(self.vas[kept].sum()),
+            "head_mean": float(self.head_mean[kept].sum()),
+            "visual": float(self.mass[kept].sum()),
+        }
 
 
 class VisualTokens:
     """The callback of `probe(visual=…)`: sums by sequence and scope, and for followed sequences by response token.
 
-    roles: uint8 [B, T]; scopes: of `roles.SCOPES`; system: the column of SYSTEM among the probe's roles; follow: rows
-    whose response is followed token by token.
+    roles: uint8 [B, T]; scopes: of `roles.SCOPES`; system: the column of SYSTEM among the probe's roles; reach: of
+    each layer, bool [B, T], the queries that reach the system turn; follow: rows whose response is followed token by
+    token.
     """
 
-    def __init__(self, roles: torch.Tensor, scopes: Sequence[str], system: int, follow: Sequence[int] = ()):
+    def __init__(
+        self,
+        roles: torch.Tensor,
+        scopes: Sequence[str],
+        system: int,
+        reach: Callable[[int], torch.Tensor],
+        follow: Sequence[int] = (),
+    ):
         self.scopes = tuple(scopes)
         self._system = system
+        self._reach = reach
         self._queries = torch.stack([query_mask(roles, scope) for scope in scopes])  # [S, B, T]
         self._response = query_mask(roles, "response")
-        self._sums: dict[int, torch.Tensor] = {}  # row -> [S, 3, V]
+        self._sums: dict[int, torch.Tensor] = {}  # row -> [S, 3, V], sums over layers of means over queries
         self._layers: set[int] = set()
+        self._reaching: dict[tuple[int, int], set[int]] = {}  # row, scope -> layers in which queries reach the system
+        self._last: tuple[int, int] | None = None  # layer and row of the weights at hand
         self._steps: dict[int, torch.Tensor | None] = dict.fromkeys(follow)  # row -> [n, V]
 
     def __call__(self, layer: int, b: int, rows: torch.Tensor, attention: torch.Tensor, mass: torch.Tensor) -> None:
@@ -53,7 +73,7 @@ class VisualTokens:
         per_head = 1 / (system + EPS)
         averaged = (1 / (system.mean(0) + EPS)).expand(heads, n)
         kinds = torch.stack([torch.ones_like(per_head), per_head, averaged]) / heads  # [3, H, n]
-        weights = kinds * self._queries[:, b, rows][:, None, None].to(kinds.dtype)  # [S, 3, H, n]
+        weights = kinds * self._weights(layer, b)[:, :, None, rows].to(kinds.dtype)  # [S, 3, H, n]
         sums = (weights.reshape(-1, heads * n) @ attention.reshape(heads * n, tokens)).double()
         sums = sums.view(len(self.scopes), 3, tokens).cpu()
         self._sums[b] = self._sums[b] + sums if b in self._sums else sums
@@ -64,26 +84,29 @@ class VisualTokens:
                 self._steps[b] = torch.zeros(int(self._response[b].sum()), tokens)
             self._steps[b].index_add_(0, place.cpu(), attention[:, asked].mean(0).cpu().float())
 
-    def sums(self, b: int, scope: str) -> TokenSums:
-        """Sums of one sequence in one scope."""
-        return TokenSums(*self._sums[b][self.scopes.index(scope)])
+    def _weights(self, layer: int, b: int) -> torch.Tensor:
+        """Weight of each query in the means of mass, VAS and head-averaged VAS: [S, 3, T]."""
+        if (layer, b) != self._last:
+            reach = self._reach(layer)[b]
+            asked = torch.stack([self._queries[:, b], self._queries[:, b] & reach, self._queries[:, b] & reach], dim=1)
+            self._last, self._last_weights = (layer, b), asked / asked.sum(-1, keepdim=True).clamp(min=1)
+            for scope in asked[:, 1].any(-1).nonzero().flatten().tolist():
+                self._reaching.setdefault((b, scope), set()).add(layer)
+        return self._last_weights
+
+    def shares(self, b: int, scope: str) -> TokenShares:
+        """Shares of one sequence in one scope."""
+        scope = self.scopes.index(scope)
+        mass, vas, head_mean = self._sums[b][scope]
+        reaching = max(1, len(self._reaching.get((b, scope), ())))
+        return TokenShares(mass / len(self._layers), vas / reaching, head_mean / reaching)
 
     def sinks(self, b: int, share: float) -> np.ndarray:
         """Which visual tokens take more than `share` of the visual mass over all queries and layers: bool [V]."""
-        mass = self._sums[b][:, 0].sum(0).numpy()
+        counts = self._queries[:, b].sum(-1).double().cpu()
+        mass = (self._sums[b][:, 0] * counts[:, None]).sum(0).numpy()
         return mass > max(share, TIMES_EVEN / len(mass)) * mass.sum()
 
     def steps(self, b: int) -> np.ndarray:
         """Attention of each response query to each visual token, mean over layers and heads: [n, V]."""
         return (self._steps[b] / max(1, len(self._layers))).numpy()
-
-
-def without(sums: TokenSums, keep: np.ndarray, layers: int, queries: int) -> dict[str, float]:
-    """VAS (paper), head-averaged VAS and visual mass of the kept tokens alone. keep: bool [V]."""
-    kept = torch.from_numpy(keep)
-    count = layers * queries
-    return {
-        "vas": float(sums.ratio[kept].sum()) / count,
-        "head_mean": float(sums.head_mean[kept].sum()) / count,
-        "visual": float(sums.mass[kept].sum()) / count,
-    }

@@ -54,6 +54,23 @@ def masses(model: nn.Module, record: Record, of: Sequence[Role] = MASS_ROLES) ->
     return out, [layers[row] for row in cross]
 
 
+def reach(model: nn.Module, roles: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
+    """Whether each query's attention reaches back over the whole system turn: bool [L, B, T] for roles uint8 [B, T].
+
+    False for the later queries of sliding-window layers: VAS has no denominator there. True without a system turn.
+    """
+    text = model.config.get_text_config()
+    kinds, window = getattr(text, "layer_types", None), getattr(text, "sliding_window", None)
+    position = torch.arange(roles.shape[1], device=roles.device)
+    system = roles == Role.SYSTEM
+    first = torch.where(system.any(-1), system.int().argmax(-1), roles.shape[1])  # [B]
+    found = torch.ones(len(layers), *roles.shape, dtype=torch.bool, device=roles.device)
+    for row, layer in enumerate(layers):
+        if kinds and window and kinds[layer] == "sliding_attention":
+            found[row] = position - first[:, None] < window
+    return found
+
+
 def _gates(model: nn.Module) -> dict[int, torch.Tensor]:
     """The gate of each cross-attention layer, by layer index."""
     return {
