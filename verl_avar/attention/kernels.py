@@ -63,6 +63,12 @@ class Call:
         causal = getattr(self.module, "is_causal", True) if causal is None else causal
         return bool(causal) and self.kernel.causal and self.query.shape[2] > 1
 
+    @property
+    def widens(self) -> bool:
+        """Whether the kernel takes a few more columns at little cost; on CUDA that is not known."""
+        same = self.query.shape[-1] == self.value.shape[-1]
+        return self.kernel.name == "eager" or (self.kernel.name == "sdpa" and self.query.device.type == "cpu" and same)
+
     def __call__(self, key=None, value=None, **options) -> tuple:
         """The kernel's output [B, T, H, D] and whatever it returns beside it, on other keys or values if given."""
         key, value = self.key if key is None else key, self.value if value is None else value

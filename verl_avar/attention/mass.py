@@ -21,16 +21,36 @@ MASS_ROLES = (Role.VISUAL, Role.SYSTEM)
 _ROWS = 512
 
 
-def indicators(roles: torch.Tensor, of: Sequence[Role], like: torch.Tensor) -> torch.Tensor:
-    """Value matrix of the identity: one 0/1 column per role of `of`, zeros up to the head size that kernels want.
+def indicators(roles: torch.Tensor, of: Sequence[Role], like: torch.Tensor, width: int) -> torch.Tensor:
+    """Value matrix of the identity: one 0/1 column per role of `of`, zeros up to `width`.
 
-    roles: uint8 [B, S]; like: a key tensor [B, H_kv, S, D], gives shape and dtype. Returns [B, H_kv, S, D].
+    roles: uint8 [B, S]; like: a key tensor [B, H_kv, S, D], gives shape and dtype. Returns [B, H_kv, S, width].
     """
-    if len(of) > like.shape[-1]:
-        raise ValueError(f"role_mass: {len(of)} roles do not fit a head size of {like.shape[-1]}")
+    if len(of) > width:
+        raise ValueError(f"role_mass: {len(of)} roles do not fit a head size of {width}")
     columns = torch.stack([roles == role for role in of], dim=-1).to(like.dtype)
-    values = F.pad(columns, (0, like.shape[-1] - len(of)))
-    return values[:, None].expand(-1, like.shape[1], -1, -1)
+    return F.pad(columns, (0, width - len(of)))[:, None].expand(-1, like.shape[1], -1, -1)
+
+
+def output_and_mass(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    roles: torch.Tensor,
+    attend: Attend,
+    of: Sequence[Role] = MASS_ROLES,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention output and masses by one call: the indicators ride beside the values, eight columns wider.
+
+    query: [B, H, T, D]; key, value: [B, H_kv, S, D]; roles: uint8 [B, S]. attend: the kernel, which takes that head
+    size and whose scale does not come from it: (query, key, value) -> [B, H, T, D + 8]. Returns [B, H, T, D] and
+    masses [B, H, T, R] in float32.
+    """
+    size, extra = value.shape[-1], -(-len(of) // 8) * 8  # kernels want multiples of 8
+    columns = indicators(roles, of, key, extra)
+    # The same head size for all three, which the fused kernels ask for; zeros add nothing to a logit.
+    out = attend(F.pad(query, (0, extra)), F.pad(key, (0, extra)), torch.cat([value, columns], dim=-1))
+    return out[..., :size], out[..., size : size + len(of)].float()
 
 
 def role_mass(
@@ -60,7 +80,7 @@ def role_mass(
     """
     if roles.shape != (key.shape[0], key.shape[2]):
         raise ValueError(f"role_mass: roles are {tuple(roles.shape)}, keys want {(key.shape[0], key.shape[2])}")
-    value = indicators(roles, of, key)
+    value = indicators(roles, of, key, key.shape[-1])
     if attend is not None:
         out = attend(query, key, value)
         if queries is not None:
@@ -76,11 +96,11 @@ def role_mass(
 
 def _attend(query, key, value, mask=None, causal=False, scale=None) -> torch.Tensor:
     groups = query.shape[1] // key.shape[1]
-    if mask is not None and groups > 1:
+    if mask is not None and groups > 1 and query.is_cuda:
         # With a mask and grouped queries CUDA would fall back to the kernel that keeps the whole map.
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    grouped = mask is None and groups > 1
-    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+        key, value, groups = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1), 1
+    grouped = {"enable_gqa": True} if groups > 1 else {}
+    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale, **grouped)
 
 
 def _attend_range(query, key, value, queries, scale, causal) -> torch.Tensor:

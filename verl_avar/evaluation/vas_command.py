@@ -12,6 +12,7 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `avar vas`."""
     parser.add_argument("--model", required=True, help="checkpoint: a folder, or a name in the local hub cache")
+    parser.add_argument("--name", help="what to call the checkpoint in tables and figures (default: from its path)")
     parser.add_argument("--data", required=True, help=".parquet or .jsonl of image questions, or a folder of images")
     parser.add_argument("--question", help="the question to ask of images that have none of their own")
     parser.add_argument("--system", help="a system message for rows that have none (without one there is no VAS)")
@@ -144,6 +145,7 @@ def finish(checkpoint, arguments, rows, settings, outcome, out: Path, seconds: f
     result = {
         "schema": 1,
         "model": arguments.model,
+        "name": arguments.name,
         "model_type": checkpoint.model.config.model_type,
         "data": str(arguments.data),
         "dtype": str(checkpoint.model.dtype).removeprefix("torch."),

@@ -3,7 +3,7 @@
 Figures that could not be measured are None (null); VAS is None without a system turn.
 
     schema      1
-    model, model_type, data, dtype
+    model, model_type, data, dtype; name: what to call it, or None
     layers      indices of the measured layers;  heads: their number
     samples     rows measured, of `planned`;  failed, skipped: lists of {"row", "reason"}
     seconds     wall clock;  notes: list of lines for the reader
@@ -69,9 +69,10 @@ def series(record: dict | None, *keys: str) -> np.ndarray | None:
 
 
 def model_names(results: Sequence[dict]) -> list[str]:
-    """A short name of each model that tells it from the others: as much of its path's end as that takes, and a number
-    where two have the same path."""
-    paths = [PurePath(str(result["model"])).parts or ("?",) for result in results]
+    """A short name of each model that tells it from the others: the name that the run gave it, or as much of its path's
+    end as that takes, and a number where two have the same.
+    """
+    paths = [PurePath(str(result.get("name") or result["model"])).parts or ("?",) for result in results]
     length = 1
     while len({path[-length:] for path in paths}) < len(set(paths)):
         length += 1

@@ -47,7 +47,7 @@ def sections(results: Sequence[dict]) -> list[tuple[str, list[Line]]]:
     """The table's rows under their headings: the run, each scope, and the responses' course where it was measured."""
     found = [("", [Line("rows (failed)", _rows), Line("layers × heads", _shape)])]
     for scope in scopes_of(results):
-        found.append((SCOPES[scope], _scope_lines(scope)))
+        found.append((SCOPES[scope], _scope_lines(scope, results)))
     if any(number(result, "decay", "first") is not None for result in results):
         found.append(
             (
@@ -61,8 +61,11 @@ def sections(results: Sequence[dict]) -> list[tuple[str, list[Line]]]:
     return found
 
 
-def _scope_lines(scope: str) -> list[Line]:
+def _scope_lines(scope: str, results: Sequence[dict]) -> list[Line]:
     at = ("scopes", scope)
+    # Rows that would say nothing are left out: no result has sinks, or none has a border to tell from the rest.
+    sinks = any(number(result, *at, "sinks", "tokens") for result in results)
+    borders = any(number(result, *at, "sinks", "border_share") is not None for result in results)
 
     def vas(name: str, *keys: str) -> Line:
         return Line(name, lambda r: digits(number(r, *at, *keys)), lambda r: number(r, *at, *keys))
@@ -70,7 +73,7 @@ def _scope_lines(scope: str) -> list[Line]:
     def ends(key: str) -> Line:
         return Line("  95 % interval", lambda r: interval_text(between(r["scopes"].get(scope) or {}, key)))
 
-    return [
+    lines = [
         Line("VAS (paper's)", lambda r: _classed(r, scope), lambda r: number(r, *at, "vas")),
         ends("interval"),
         vas("  without sinks", "sinks", "vas"),
@@ -85,6 +88,8 @@ def _scope_lines(scope: str) -> list[Line]:
         Line("strongest layers", lambda r: _strongest(r, scope)),
         Line("samples (no VAS)", lambda r: _samples(r, scope)),
     ]
+    hidden = {"  without sinks": not sinks, "  without border": not borders}
+    return [line for line in lines if not hidden.get(line.name)]
 
 
 def _share(name: str, *keys: str) -> Line:
