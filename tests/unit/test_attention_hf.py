@@ -41,6 +41,13 @@ def batch():
     return {"input_ids": ids, "attention_mask": mask}, roles
 
 
+@pytest.fixture(params=["with the output", "by a call of their own"])
+def way(request, monkeypatch):
+    """How masses are computed: what a CPU does by itself, and what a GPU does."""
+    if request.param == "by a call of their own":
+        monkeypatch.setattr(kernels.Call, "widens", False)
+
+
 def eager_masses(model, inputs, roles):
     """[L, B, H, T, R] from transformers' own eager attention maps."""
     model.set_attn_implementation("eager")
@@ -57,7 +64,7 @@ def assert_masses(record, expected, rows):
 
 @pytest.mark.parametrize("implementation", ["avar_sdpa", "avar_eager"])
 @pytest.mark.parametrize("padded", [True, False])
-def test_masses_equal_eager_maps(model, batch, implementation, padded):
+def test_masses_equal_eager_maps(model, batch, implementation, padded, way):
     inputs, roles = batch
     if not padded:
         inputs = {"input_ids": inputs["input_ids"]}
@@ -74,7 +81,7 @@ def test_masses_equal_eager_maps(model, batch, implementation, padded):
 
 
 @pytest.mark.parametrize("padded", [True, False])
-def test_only_the_queries_and_layers_asked_for(model, batch, padded):
+def test_only_the_queries_and_layers_asked_for(model, batch, padded, way):
     inputs, roles = batch
     if not padded:
         inputs = {"input_ids": inputs["input_ids"]}
@@ -100,7 +107,7 @@ def loss_gradients(model, inputs, roles):
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-def test_gradients_are_the_same_under_gradient_checkpointing(model, batch):
+def test_gradients_are_the_same_under_gradient_checkpointing(model, batch, way):
     inputs, roles = batch
     inputs = {"input_ids": inputs["input_ids"]}
     hf.set_attention(model, "avar_sdpa")
@@ -113,6 +120,46 @@ def test_gradients_are_the_same_under_gradient_checkpointing(model, batch):
     assert any(g.abs().max() > 0 for g in plain)
     for a, b in zip(plain, checkpointed, strict=True):
         assert torch.equal(a, b)
+
+
+def test_gradients_equal_those_of_eager_maps(model, batch, way):
+    inputs, roles = batch
+
+    def gradients():
+        model.zero_grad()
+        with hf.probe(roles, queries=queries) as record:
+            hidden = model(**inputs).last_hidden_state
+            mass = torch.stack([record.mass(role) for role in MASS_ROLES], dim=-1)
+        (hidden[queries].square().mean() + mass.log1p().sum()).backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    queries = inputs["attention_mask"].bool() & (torch.arange(20) > 3)
+    hf.set_attention(model, "avar_sdpa")
+    ours = gradients()
+    model.set_attn_implementation("eager")
+    model.zero_grad()
+    output = model(**inputs, output_attentions=True)
+    maps = torch.stack([reference.role_mass(layer, roles, MASS_ROLES) for layer in output.attentions])
+    asked = maps.transpose(2, 3)[:, queries]
+    (output.last_hidden_state[queries].square().mean() + asked.log1p().sum()).backward()
+    for gradient, parameter in zip(ours, model.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, atol=1e-4, rtol=1e-3)
+
+
+def test_dropout_is_no_part_of_a_mass(model, batch):
+    inputs, roles = batch
+    hf.set_attention(model, "avar_sdpa")
+    expected = eager_masses(model, inputs, roles)
+    hf.set_attention(model, "avar_sdpa")
+    model.train()
+    for layer in model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    with torch.no_grad(), hf.probe(roles, layers=[0]) as record:
+        model(**inputs)
+    for layer in model.layers:
+        layer.self_attn.attention_dropout = 0.0
+    model.eval()
+    assert_masses(record, expected[:1], inputs["attention_mask"].bool())
 
 
 def test_bias_equals_a_float_mask_on_the_logits(model, batch):

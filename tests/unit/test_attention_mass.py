@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from verl_avar.attention import reference
 from verl_avar.attention.bias import MAX_BIAS, bias_of, biased, biased_mass, key_factors
-from verl_avar.attention.mass import MASS_ROLES, role_mass
+from verl_avar.attention.mass import MASS_ROLES, output_and_mass, role_mass
 from verl_avar.roles import Role
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 2e-2}
@@ -85,6 +86,32 @@ def test_packed_sequences_do_not_see_each_other(queries):
     weights = reference.attention_map(query, key, segments=segments)
     naive = reference.role_mass(weights, roles, MASS_ROLES)[:, :, slice(*(queries or (0, 33)))]
     assert_same(role_mass(query, key, roles, cu_seqlens=borders, queries=queries), naive, query, key, 1e-5)
+
+
+@pytest.mark.parametrize("heads,kv_heads", [(4, 4), (4, 2)])
+@pytest.mark.parametrize("of", [MASS_ROLES, list(Role)])
+def test_masses_that_ride_with_the_output(heads, kv_heads, of):
+    query, key, roles = random_qkr(2, heads, kv_heads)
+    value = torch.randn_like(key).requires_grad_()
+
+    def attend(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.25, enable_gqa=heads > kv_heads)
+
+    out, mass = output_and_mass(query, key, value, roles, attend, of)
+    weights = reference.attention_map(query, key, scale=0.25)
+    expected = weights @ value.repeat_interleave(heads // kv_heads, dim=1)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    ours, theirs = (torch.autograd.grad(x.square().sum(), value, retain_graph=True)[0] for x in (out, expected))
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    assert_same(mass, reference.role_mass(weights, roles, of), query, key, 1e-5)
+
+
+def test_grouped_keys_are_not_copied():
+    query, key, roles = random_qkr(1, 8, 2, t=64)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(tuple(x.shape)) or x, lambda x: x):
+        role_mass(query, key, roles, queries=(56, 64))
+    assert (1, 2, 64, 16) in kept and (1, 8, 64, 16) not in kept
 
 
 def test_all_roles_together_have_mass_one():

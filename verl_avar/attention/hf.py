@@ -2,9 +2,9 @@
 
 Registers `avar_sdpa`, `avar_flash_attention_2`, `avar_flex_attention` and `avar_eager` with transformers'
 AttentionInterface and AttentionMaskInterface. Each calls the attention function it is named after and, inside `probe`,
-lets role indicators ride beside the values, or makes one more call with them as values (see `mass.py`): padding masks,
-packing and sequence parallelism that the function knows hold for the masses too. Outside `probe` and `role_bias` nothing is added,
-and a compiled model stays one graph; inside, attention runs uncompiled.
+lets role indicators ride beside the values or makes one more call with them as values (see `mass.py`): padding masks,
+packing and sequence parallelism that the function knows hold for the masses too. Outside `probe` and `role_bias`
+nothing is added, and a compiled model stays one graph; inside, attention runs uncompiled.
 """
 
 from __future__ import annotations
