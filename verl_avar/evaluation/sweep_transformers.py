@@ -24,6 +24,8 @@ from verl_avar.vas import sample_vas
 def backend(checkpoint: Checkpoint, bias: dict, max_new_tokens: int, batch_size: int = 1) -> Backend:
     """Runs tasks on a loaded checkpoint. bias: `layers`, `queries` and `mode` of `role_bias`, for all points."""
 
+    batch_size = 1 if families.alone(checkpoint.model) else batch_size
+
     def run(tasks: Sequence[Task]) -> Iterator[tuple[Task, dict]]:
         for _, group in itertools.groupby(tasks, key=lambda task: task.strength.key):
             same = list(group)

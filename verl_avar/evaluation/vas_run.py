@@ -83,6 +83,7 @@ def measure_rows(
                 raise ValueError(f"row {row.id}: {problem}")
         elif number not in done:
             todo.append(number)
+    batch_size = 1 if families.alone(checkpoint.model) else batch_size
     batches = [todo[i : i + batch_size] for i in range(0, len(todo), batch_size)]
     for batch in progress(batches, batch_size):
         started = time.monotonic()

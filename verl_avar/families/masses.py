@@ -17,6 +17,15 @@ def cross_attention_layers(model: nn.Module) -> frozenset[int]:
     return frozenset(_gates(model))
 
 
+def alone(model: nn.Module) -> bool:
+    """Whether a row's numbers depend on its batch, so that rows have to be run one by one.
+
+    transformers 5.10 lets the text before an image of Llama-3.2-Vision attend to every image slot of the batch, empty
+    ones included (huggingface/transformers#39379).
+    """
+    return bool(_gates(model))
+
+
 def masses(model: nn.Module, record: Record, of: Sequence[Role] = MASS_ROLES) -> tuple[torch.Tensor, list[int]]:
     """Masses of a pass of `model` under `probe` for VAS (AVAR §2.2, arXiv:2603.03825), and the layers they belong to.
 
