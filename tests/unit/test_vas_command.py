@@ -18,6 +18,7 @@ from verl_avar.evaluation.heatmap import rasterise
 from verl_avar.evaluation.measure import measure
 from verl_avar.evaluation.rows import read_rows
 from verl_avar.evaluation.vas_command import layer_list
+from verl_avar.evaluation.vas_run import check_model
 from verl_avar.miniature import base_path
 from verl_avar.miniature.data import write_eval
 from verl_avar.roles import Role, query_mask
@@ -224,6 +225,30 @@ def test_what_cannot_be_measured_is_one_line_and_status_2(tmp_path, data, capsys
         err = capsys.readouterr().err.strip().splitlines()
         assert err[-1].startswith("avar vas: ") and words in err[-1]
         assert not (tmp_path / "out").exists()
+
+
+def test_a_model_whose_attention_cannot_be_probed_is_refused_by_name(tmp_path, data, capsys):
+    from transformers import GitConfig, GitForCausalLM
+
+    shutil.copytree(base_path(), tmp_path / "git")  # for its processor
+    for name in ("model.safetensors", "config.json", "generation_config.json"):
+        (tmp_path / "git" / name).unlink()
+    size = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = GitConfig(vision_config=size | dict(image_size=28, patch_size=14), vocab_size=300, **size)
+    config.image_token_id = 5
+    GitForCausalLM(config).save_pretrained(tmp_path / "git")
+    assert main(["vas", "--model", str(tmp_path / "git"), "--data", str(data), "--out", str(tmp_path / "out")]) == 2
+    assert "attention of GitForCausalLM can't be exchanged" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_reports_no_masses_is_refused(checkpoint):
+    checkpoint.model.set_attn_implementation("sdpa")
+    try:
+        with pytest.raises(RuntimeError, match="no attention layer reported a mass"):
+            check_model(checkpoint)
+    finally:
+        set_attention(checkpoint.model, "avar_sdpa")
 
 
 def test_a_layer_that_the_model_lacks_is_an_error(tmp_path, data, capsys):

@@ -59,9 +59,15 @@ def load_checkpoint(
     if not hasattr(processor, "tokenizer"):
         raise ValueError(f"{path}: no multimodal processor; the folder needs its tokenizer and image processor files")
     template = ChatTemplate.of(processor, config)
-    model = AutoModelForImageTextToText.from_pretrained(
-        path, dtype=dtype, attn_implementation=attention_config(config, implementation)
-    )
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, attn_implementation=attention_config(config, implementation)
+        )
+    except ValueError as error:
+        if "attention implementation" not in str(error):
+            raise
+        kind = AutoModelForImageTextToText._model_mapping[type(config)].__name__
+        raise ValueError(f"{path}: the attention of {kind} can't be exchanged, so it can't be probed") from error
     processor.tokenizer.padding_side = "left"
     return Checkpoint(model.to(device).eval(), processor, template)
 
