@@ -53,18 +53,20 @@ def places(checkpoint: Checkpoint, answers: Answers, b: int, images: Sequence[Se
 
 
 def border(place: Places) -> np.ndarray | None:
-    """Visual tokens on the border of their image: bool [V].
+    """Visual tokens on the border of their image: bool [V], those with a side within half their own size of it.
 
+    The views of an image (tiles, and the whole once more) need not reach equally far, so equal sides are not asked for.
     None where places are not known, or where the border is most of the image (grids of less than about 7 × 7).
     """
     if not place.known:
         return None
     edge = np.zeros(len(place.boxes), dtype=bool)
     for image in np.unique(place.image):
-        mine = place.image == image
-        low, high = np.nanmin(place.boxes[mine], axis=0), np.nanmax(place.boxes[mine], axis=0)
-        near = np.isclose(place.boxes[:, :2], low[:2]).any(1) | np.isclose(place.boxes[:, 2:], high[2:]).any(1)
-        edge |= mine & near
+        boxes = place.boxes[place.image == image]
+        half = np.tile((boxes[:, 2:] - boxes[:, :2]) / 2, 2)
+        low, high = np.nanmin(boxes, axis=0), np.nanmax(boxes, axis=0)
+        gaps = np.concatenate([boxes[:, :2] - low[:2], high[2:] - boxes[:, 2:]], axis=1)
+        edge[place.image == image] = (gaps < half).any(axis=1)  # NaN, a token without a place, is not below
     return edge if 2 * edge.sum() <= len(edge) else None
 
 
