@@ -58,8 +58,11 @@ def sample_vas(
     """VAS of one sample from the masses of its queries [L, H, n], n > 0 (AVAR §2.2).
 
     reach: bool [L, n], whether a query of a layer can attend to the whole system turn; all by default.
+    Raises ValueError for masses that are not finite: half precision can overflow.
     """
     v, s = visual.detach().double(), system.detach().double()
+    if not (v.isfinite().all() and s.isfinite().all()):
+        raise ValueError("the attention masses are not finite numbers; run the model in float32 or bfloat16")
     seen = torch.ones_like(v[:, 0], dtype=torch.bool) if reach is None else reach
     per_head = (v / (s + eps)).masked_fill(~seen[:, None], torch.nan)
     head_mean = (v.mean(1) / (s.mean(1) + eps)).masked_fill(~seen, torch.nan)  # [L, n]

@@ -62,6 +62,14 @@ def test_vas_of_nothing_is_an_error():
         vas.summary()
 
 
+def test_masses_that_overflowed_are_an_error():
+    system = SYSTEM.clone()
+    system[0, 0, 1, 2] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        Vas("user").add(VISUAL, system, ROLES)
+    Vas("response").add(VISUAL, system, ROLES)  # query 2 is none of its own
+
+
 def test_classes_of_the_paper():
     assert [vas_class(v) for v in (7.5, 10.1, 13.8, 15.0, 18.9)] == ["narrow", "wide", "wide", "panoramic", "panoramic"]
 

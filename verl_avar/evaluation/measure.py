@@ -77,11 +77,12 @@ def measure(
             queries = query_mask(roles[b : b + 1], name)[0]
             if not queries.any():
                 continue
-            has_system = bool((roles[b] == Role.SYSTEM).any())
-            records.append(_record(name, masses[:, b, :, queries], reach[:, b, queries], has_system))
+            reached = reach[:, b, queries]
+            has_vas = bool((roles[b] == Role.SYSTEM).any() and reached.any())
+            records.append(_record(name, masses[:, b, :, queries], reached, has_vas))
             if not crossed:
                 border = borders[b] if borders is not None else None
-                records[-1] |= _sinks(tokens, b, name, sink_share, border, has_system)
+                records[-1] |= _sinks(tokens, b, name, sink_share, border, has_vas)
         problem = None if records else f"no queries in the {scope} scope"
         results.append(Measured(records, measured_layers, tokens.steps(b) if b in follow else None, problem))
     return results
@@ -92,10 +93,10 @@ def last_logits_only(model: torch.nn.Module) -> dict[str, int]:
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
-def _record(scope: str, masses: torch.Tensor, reach: torch.Tensor, has_system: bool) -> dict:
+def _record(scope: str, masses: torch.Tensor, reach: torch.Tensor, has_vas: bool) -> dict:
     """One sample in one scope as plain lists. masses: [L, H, n, R] of its queries; reach: bool [L, n].
 
-    Without a system turn there is no VAS: `vas`, `head_mean` and `by_query` are None.
+    Without a system turn that a query reaches there is no VAS: `vas`, `head_mean` and `by_query` are None.
     """
     visual, system, user, response = masses.double().unbind(-1)
     vas = sample_vas(visual, system, reach)
@@ -104,26 +105,26 @@ def _record(scope: str, masses: torch.Tensor, reach: torch.Tensor, has_system: b
         "scope": scope,
         "queries": vas.queries,
         "reached": vas.reached.tolist(),
-        "vas": vas.ratio.flatten().tolist() if has_system else None,
+        "vas": vas.ratio.flatten().tolist() if has_vas else None,
         "visual": vas.visual.flatten().tolist(),
         "system": vas.system.flatten().tolist(),
         "user": user.mean(-1).flatten().tolist(),
         "response": response.mean(-1).flatten().tolist(),
-        "head_mean": vas.head_mean.tolist() if has_system else None,
-        "by_query": vas.by_query.float().tolist() if has_system else None,
+        "head_mean": vas.head_mean.tolist() if has_vas else None,
+        "by_query": vas.by_query.float().tolist() if has_vas else None,
         "positions": by_position.tolist(),
     }
 
 
-def _sinks(tokens: VisualTokens, b: int, scope: str, share: float, border: np.ndarray | None, has_system: bool) -> dict:
+def _sinks(tokens: VisualTokens, b: int, scope: str, share: float, border: np.ndarray | None, has_vas: bool) -> dict:
     """Figures without the sample's sinks, and without the visual tokens on its border."""
     shares = tokens.shares(b, scope)
-    total = float(shares.mass.sum()) or 1.0
+    total = float(shares.mass.sum())
 
     def figures(name: str, dropped: np.ndarray) -> dict:
         rest = shares.without(dropped)
-        taken = 1 - rest["visual"] / total
-        if not has_system:
+        taken = 1 - rest["visual"] / total if total else 0.0
+        if not has_vas:
             rest |= {"vas": None, "head_mean": None}
         return {f"{name}_tokens": int(dropped.sum()), f"{name}_share": taken} | {
             f"{name}_free_{key}": value for key, value in rest.items()

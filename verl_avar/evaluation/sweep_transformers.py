@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -81,8 +80,6 @@ def _record(answers: Answers, b: int, masses: torch.Tensor, reach: torch.Tensor,
         of = {role: masses[:, :, asked, MASS_ROLES.index(role)] for role in (Role.VISUAL, Role.SYSTEM)}
         vas = sample_vas(of[Role.VISUAL], of[Role.SYSTEM], reach[:, asked])
         attention |= {"visual": float(vas.visual.mean()), "system": float(vas.system.mean())}
-        if (roles == Role.SYSTEM).any():
+        if (roles == Role.SYSTEM).any() and vas.reached.any():
             attention |= {"vas": vas.paper, "head_mean": vas.heads_averaged}
-        if not all(value is None or math.isfinite(value) for value in attention.values()):
-            raise ValueError("the attention masses are not finite numbers; try --dtype float32 or bfloat16")
     return found | attention
