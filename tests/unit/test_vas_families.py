@@ -1,5 +1,7 @@
 """`avar vas` over the model families: batches, pictures, and layers whose window does not reach the system turn."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -88,6 +90,22 @@ def test_queries_beyond_the_window_have_no_vas_in_that_layer():
         expected = np.arange(60) - 3 < text.sliding_window if kind == "sliding_attention" else np.ones(60, bool)
         assert found[layer, 0].tolist() == expected.tolist()
     assert found[:, 1].all()  # no system turn: nothing to reach
+
+
+def test_all_layers_slide_where_a_config_names_a_window_but_no_kinds():
+    from transformers import LlavaConfig, MistralConfig
+
+    model = SimpleNamespace(config=LlavaConfig(text_config=MistralConfig(num_hidden_layers=2, sliding_window=6)))
+    roles = torch.tensor([[Role.SYSTEM] * 2 + [Role.USER] * 8], dtype=torch.uint8)
+    assert reach(model, roles, [0, 1]).tolist() == [[[True] * 6 + [False] * 4]] * 2
+
+
+def test_layers_that_attend_within_chunks_are_refused():
+    from transformers import Llama4Config
+
+    model = SimpleNamespace(config=Llama4Config())
+    with pytest.raises(ValueError, match="llama4 attends within chunks"):
+        reach(model, torch.zeros(1, 4, dtype=torch.uint8), [0, 1])
 
 
 def test_vas_is_the_mean_over_queries_that_reach_the_system_turn():

@@ -67,15 +67,20 @@ def reach(model: nn.Module, roles: torch.Tensor, layers: Sequence[int]) -> torch
     """Whether each query's attention reaches back over the whole system turn: bool [L, B, T] for roles uint8 [B, T].
 
     False for the later queries of sliding-window layers: VAS has no denominator there. True without a system turn.
+    Raises ValueError for layers that attend within chunks, which no tested family has.
     """
     text = model.config.get_text_config()
-    kinds, window = getattr(text, "layer_types", None), getattr(text, "sliding_window", None)
+    window = getattr(text, "sliding_window", None)
+    # As transformers makes its masks: without a kind for each layer all of them slide where there is a window.
+    kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers
     position = torch.arange(roles.shape[1], device=roles.device)
     system = roles == Role.SYSTEM
     first = torch.where(system.any(-1), system.int().argmax(-1), roles.shape[1])  # [B]
     found = torch.ones(len(layers), *roles.shape, dtype=torch.bool, device=roles.device)
     for row, layer in enumerate(layers):
-        if kinds and window and kinds[layer] == "sliding_attention":
+        if kinds[layer] == "chunked_attention":
+            raise ValueError(f"reach: {model.config.model_type} attends within chunks, for which VAS is not defined")
+        if window and kinds[layer] == "sliding_attention":
             found[row] = position - first[:, None] < window
     return found
 
