@@ -67,7 +67,7 @@ def measure_rows(
     """Measures the rows that `folder` (OUT/parts) does not hold yet, a file for each batch.
 
     pictures: of so many rows, evenly spread, the response is followed over the image. A row that can't be measured is
-    counted in the outcome; with `strict` it raises ValueError. Raises RuntimeError where the model reports no masses.
+    counted in the outcome; with `strict` it raises ValueError.
     """
     outcome = Outcome()
     done = measured(folder)
@@ -102,8 +102,8 @@ def measure_rows(
                 records += [{"number": number} | record for record in result]
         for record in records:
             record["seconds"] = (time.monotonic() - started) / len(batch)
-        if records:
-            write_parquet(folder / f"{batch[0]:08d}.parquet", pd.DataFrame(records))
+        if records:  # named by a number that no other part holds: a row that failed before may come again
+            write_parquet(folder / f"{records[0]['number']:08d}.parquet", pd.DataFrame(records))
     return outcome
 
 
@@ -128,7 +128,8 @@ def _batch(
     else:
         raise ValueError("rows with and without responses in one batch")  # taken one by one then
     located = [places(checkpoint, answers, b, images) for b in range(len(rows))]
-    follow_rows = [b for b, wanted in enumerate(follow) if wanted and located[b].known and settings.scope != "user"]
+    written = (answers.roles == Role.RESPONSE).any(-1).tolist()
+    follow_rows = [b for b, wanted in enumerate(follow) if wanted and written[b] and located[b].known]
     results = measure(
         checkpoint,
         answers,
