@@ -63,11 +63,11 @@ def answer(
 def given(checkpoint: Checkpoint, prompts: Sequence, images: Sequence, responses: Sequence[str]) -> Answers:
     """The batch of rows with responses that are already known, ended as the model would end them.
 
-    An empty response leaves its row without response tokens.
+    Special tokens in a response count as such; one that ends with an end marker gets no second one. An empty response
+    leaves its row without response tokens. Raises ValueError for a response that holds an image placeholder.
     """
     prompt = prompt_inputs(checkpoint, prompts, images)
-    end = end_tokens(checkpoint)[:1]
-    ids = [checkpoint.tokenizer.encode(text, add_special_tokens=False) + end if text else [] for text in responses]
+    ids = [_written(checkpoint, text) for text in responses]
     width = max(map(len, ids), default=0)
     pad = checkpoint.tokenizer.pad_token_id or 0
     device = prompt["input_ids"].device
@@ -76,13 +76,22 @@ def given(checkpoint: Checkpoint, prompts: Sequence, images: Sequence, responses
     response = torch.arange(width, device=device) < lengths[:, None]
     last = torch.arange(width, device=device) == lengths[:, None] - 1
     roles = prompt_roles(checkpoint, prompts, prompt)
-    answers = _answers(checkpoint, prompt, roles, written.long(), response, last & bool(end))
+    answers = _answers(checkpoint, prompt, roles, written.long(), response, last)
     check_context(checkpoint, answers.inputs["attention_mask"])
     return answers
 
 
+def _written(checkpoint: Checkpoint, text: str) -> list[int]:
+    """The ids of a response with its end marker; none for an empty one."""
+    ids, ends = checkpoint.tokenizer.encode(text, add_special_tokens=False), end_tokens(checkpoint)
+    return ids if not ids or ids[-1] in ends else ids + ends[:1]
+
+
 def _answers(checkpoint: Checkpoint, prompt: dict, roles, written, response, stops) -> Answers:
     """Prompt and response in one batch. written: ids [B, N]; response, stops: bool [B, N]."""
+    if images := checkpoint.template.visual.intersection(written[response].tolist()):
+        token = checkpoint.tokenizer.convert_ids_to_tokens(min(images))
+        raise ValueError(f"the response holds {token}, the model's placeholder for an image")
     inputs = dict(prompt)
     inputs["input_ids"] = torch.cat([prompt["input_ids"], written], dim=1)
     inputs["attention_mask"] = torch.cat([prompt["attention_mask"], response.long()], dim=1)

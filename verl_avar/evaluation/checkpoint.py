@@ -98,6 +98,7 @@ def prompt_inputs(checkpoint: Checkpoint, prompts: Sequence[Sequence[dict]], ima
         wanted = sum(part["type"] == "image" for message in prompt for part in message["content"])
         if wanted != len(pictures):
             raise ValueError(f"row {row}: {wanted} {IMAGE_PLACEHOLDER} in the prompt, {len(pictures)} images")
+        _check_texts(checkpoint, prompt)
     texts = [checkpoint.template.render(m) for m in messages]
     pictures = [open_images(row) for row in images]
     if not all(pictures):  # some processors take nested lists only where every row has an image
@@ -113,6 +114,13 @@ def prompt_inputs(checkpoint: Checkpoint, prompts: Sequence[Sequence[dict]], ima
         name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
         for name, value in inputs.items()
     }
+
+
+def _check_texts(checkpoint: Checkpoint, prompt: Sequence[dict]) -> None:
+    """Raises ValueError where a text holds the model's own placeholder: processors fail on it in obscure ways."""
+    for token in checkpoint.tokenizer.convert_ids_to_tokens(sorted(checkpoint.template.visual)):
+        if token and any(token in part.get("text", "") for message in prompt for part in message["content"]):
+            raise ValueError(f"a text of the prompt holds {token}, the model's placeholder for an image")
 
 
 def check_context(checkpoint: Checkpoint, attention_mask: torch.Tensor) -> None:

@@ -6,9 +6,11 @@ A row needs a question and its images; a response and a right answer may come wi
     .parquet, .jsonl         one row a question:
         prompt | messages    chat messages, `<image>` in the text or content parts (verl's formats)
         question             or a plain question; `<image>` optional, images go before the text
-        image | images       path (relative to the file), bytes, {"bytes": …} or {"path": …}, or a list of these
+        image | images       path (relative to the file), bytes, {"bytes": …} or {"path": …}, or a list of these;
+                             or in the content parts: {"type": "image", "image": …}
         response             what the model said, if already known; or a last message of the assistant
-        answer               the right answer; or `ground_truth`, or verl's `reward_model.ground_truth`
+        answer               the right answer, a text or a number; or `ground_truth`, or verl's
+                             `reward_model.ground_truth`
         id                   a name for the row; its number by default
 """
 
@@ -24,6 +26,7 @@ import numpy as np
 
 from verl_avar.evaluation.checkpoint import IMAGE_PLACEHOLDER, conversation
 
+QUESTIONS = ("question", "problem", "query")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -66,8 +69,7 @@ def read_rows(
                 raise record
             rows.append(_row(record, number, source, question, system))
         except ValueError as error:
-            name = record.get("id", number) if isinstance(record, dict) else number
-            rows.append(Row(str(name), problem=str(error)))
+            rows.append(Row(_name(record, number), problem=str(error)))
     if not rows:
         raise ValueError(f"{source}: no rows")
     return rows
@@ -92,13 +94,13 @@ def _records(source: Path, question: str | None) -> Iterator[dict | ValueError]:
         for batch in file.iter_batches(batch_size=64):
             yield from batch.to_pylist()
     elif source.suffix == ".jsonl":
-        with source.open(encoding="utf-8") as lines:
+        with source.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
                 try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
+                    yield json.loads(line.decode("utf-8-sig"))
+                except ValueError as error:  # no UTF-8, or no JSON
                     yield ValueError(f"line {number} is no JSON: {error}")
     else:
         raise ValueError(f"{source}: expected .parquet, .jsonl or a folder of images")
@@ -109,23 +111,27 @@ def _row(record: Any, number: int, source: Path, question: str | None, system: s
         raise ValueError(f"expected an object with columns, got {type(record).__name__}")
     if _given(record.get("videos")):
         raise ValueError("videos are not read; only images are")
-    images = [_image(image, source) for image in _images(record)]
+    images, response = _images(record), _text(record, "response")
     messages = record.get("messages") if _given(record.get("messages")) else record.get("prompt")
     if isinstance(messages, str):
         messages, question = None, messages
     if _given(messages):
-        messages = conversation([_message(m) for m in messages])
+        if not isinstance(messages, list):
+            raise ValueError(f"messages must be a list, got {type(messages).__name__}")
+        if not images:
+            images = _inline_images(messages)
+        messages = [_message(m) for m in messages]
+        if messages[-1]["role"] == "assistant":
+            last = _answered(messages.pop()["content"])
+            response = last if response is None else response
+        messages = conversation(messages)
     else:
-        text = record.get("question") or record.get("problem") or record.get("query") or question
-        if not text:
+        text = next((text for name in QUESTIONS if (text := _text(record, name))), question)
+        if not text or not text.strip():
             raise ValueError("no question: expected a column prompt, messages or question")
         if IMAGE_PLACEHOLDER not in text:
             text = IMAGE_PLACEHOLDER * len(images) + text
         messages = conversation([{"role": "user", "content": text}])
-    response = record.get("response")
-    if messages[-1]["role"] == "assistant":
-        last = "".join(part.get("text", "") for part in messages.pop()["content"])
-        response = last if response is None else response
     if not messages or messages[-1]["role"] != "user":
         raise ValueError("the conversation must end with a user's turn, or with the assistant's answer to one")
     if system and messages[0]["role"] != "system":
@@ -133,13 +139,32 @@ def _row(record: Any, number: int, source: Path, question: str | None, system: s
     wanted = sum(part["type"] == "image" for message in messages for part in message["content"])
     if wanted != len(images):
         raise ValueError(f"{wanted} image places in the conversation, {len(images)} images")
-    answer = record.get("answer", record.get("ground_truth"))
-    if answer is None:
-        answer = (record.get("reward_model") or {}).get("ground_truth")
-    extra = record.get("extra_info") or {}
-    name = record.get("id", extra.get("index", number))
-    answer = None if answer is None else str(answer)
-    return Row(str(name), messages, images, None if response is None else str(response), answer)
+    images = [_image(image, source) for image in images]
+    return Row(_name(record, number), messages, images, response, _answer(record))
+
+
+def _name(record: Any, number: int) -> str:
+    """What the row is called: its id, verl's index, or else its number."""
+    record = record if isinstance(record, dict) else {}
+    extra = record.get("extra_info")
+    names = (record.get("id"), extra.get("index") if isinstance(extra, dict) else None)
+    return str(next((name for name in names if name is not None), number))
+
+
+def _answer(record: dict) -> str | None:
+    """The right answer, where it is a text or a number; a list or a dict can't be compared with a response."""
+    reward = record.get("reward_model")
+    places = (record, record, reward if isinstance(reward, dict) else {})
+    found = (place.get(name) for place, name in zip(places, ("answer", *2 * ("ground_truth",)), strict=True))
+    answer = next((value for value in found if value is not None), None)
+    return str(answer) if isinstance(answer, str | int | float) else None
+
+
+def _text(record: dict, name: str) -> str | None:
+    value = record.get(name)
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"column {name}: expected text, got {type(value).__name__}")
+    return value
 
 
 def _message(message: Any) -> dict:
@@ -147,12 +172,43 @@ def _message(message: Any) -> dict:
         raise ValueError("a message needs a role and a content")
     content = message["content"]
     if not isinstance(content, str):
-        content = [{k: v for k, v in part.items() if v is not None} for part in content]  # parquet fills in nulls
-        kinds = {part.get("type") for part in content}
-        if unknown := kinds - {"text", "image"}:
-            raise ValueError(f"a content part of type {sorted(map(str, unknown))[0]}; known: text, image")
-        content = [{"type": p["type"]} | ({"text": p["text"]} if p["type"] == "text" else {}) for p in content]
+        if not isinstance(content, list):
+            raise ValueError(f"content must be a text or a list of parts, got {type(content).__name__}")
+        content = [_part(part) for part in content]
     return {"role": message["role"], "content": content}
+
+
+def _answered(content: str | list[dict]) -> str:
+    """The text of an assistant's message; "<image>" in it is a text, not a place for an image."""
+    if isinstance(content, str):
+        return content
+    if any(part["type"] == "image" for part in content):
+        raise ValueError("an image in the assistant's answer")
+    return "".join(part["text"] for part in content)
+
+
+def _part(part: Any) -> dict:
+    if not isinstance(part, dict):
+        raise ValueError(f"a content part must be an object with a type, got {type(part).__name__}")
+    kind, text = part.get("type"), part.get("text")
+    if kind not in ("text", "image"):
+        raise ValueError(f"a content part of type {kind}; known: text, image")
+    if kind == "image":
+        return {"type": "image"}
+    if not isinstance(text, str):
+        raise ValueError("a content part of type text without a text")
+    return {"type": "text", "text": text}
+
+
+def _inline_images(messages: list) -> list:
+    """Images that stand in the content parts themselves."""
+    parts = (
+        part
+        for message in messages
+        if isinstance(message, dict) and isinstance(message.get("content"), list)
+        for part in message["content"]
+    )
+    return [p["image"] for p in parts if isinstance(p, dict) and p.get("type") == "image" and p.get("image")]
 
 
 def _images(record: dict) -> list:
@@ -166,10 +222,15 @@ def _images(record: dict) -> list:
 
 def _image(image: Any, source: Path) -> Any:
     """A path is relative to the folder of the data file."""
-    path = image.get("path") if isinstance(image, dict) and not image.get("bytes") else image
-    if isinstance(path, str):
-        return {"path": str(source.parent / path if source.is_file() else path)}
-    if isinstance(image, bytes | dict):
+    if isinstance(image, dict):
+        content, image = image.get("bytes"), image.get("path")
+        if content:
+            if not isinstance(content, bytes):
+                raise ValueError(f"an image's bytes must be bytes, got {type(content).__name__}; give a path instead")
+            return content
+    if isinstance(image, str):
+        return {"path": str(source.parent / image if source.is_file() else image)}
+    if isinstance(image, bytes):
         return image
     raise ValueError(f"an image must be a path or bytes, got {type(image).__name__}")
 

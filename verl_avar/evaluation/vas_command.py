@@ -161,8 +161,10 @@ def finish(checkpoint, arguments, rows, settings, outcome, out: Path, seconds: f
     }
     write_text(out / "vas.json", json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False))
     write_parquet(out / "vas.parquet", by_head(table))
-    kept = ["id", "question", "answer", "response", "prompt_tokens", "response_tokens", "visual_tokens"]
-    write_parquet(out / "samples.parquet", table.drop_duplicates("number")[kept])
+    kept = ["number", "id", "question", "answer", "text", "prompt_tokens", "response_tokens", "visual_tokens"]
+    # In the parts `response` is the mass on the response.
+    samples = table.drop_duplicates("number")[kept].rename(columns={"text": "response"})
+    write_parquet(out / "samples.parquet", samples)
     return result, overlays(table, rows)
 
 
@@ -178,7 +180,7 @@ def notes(table, outcome, crossed: bool) -> list[str]:
     if without:
         said.append(f"{without} samples have no system turn, so no VAS; --system TEXT gives them one.")
     if outcome.skipped:
-        said.append(f"{len(outcome.skipped)} rows have no image and were left out.")
+        said.append(f"Rows left out for want of an image: {len(outcome.skipped)}.")
     return said
 
 

@@ -152,7 +152,7 @@ def _records(checkpoint: Checkpoint, answers: Answers, b: int, row: Row, result:
         "id": row.id,
         "question": row.question,
         "answer": row.answer,
-        "response": answers.texts[b],
+        "text": answers.texts[b],
         "prompt_tokens": int(answers.inputs["attention_mask"][b].sum() - (roles == Role.RESPONSE).sum()),
         "response_tokens": int((roles == Role.RESPONSE).sum()),
         "visual_tokens": int((roles == Role.VISUAL).sum()),

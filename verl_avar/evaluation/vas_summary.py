@@ -33,6 +33,7 @@ def by_head(table: pd.DataFrame) -> pd.DataFrame:
     for record in table.to_dict("records"):
         layers, heads = np.array(record["layers"]), record["heads"]
         columns = {
+            "number": record["number"],
             "id": record["id"],
             "scope": record["scope"],
             "layer": np.repeat(layers, heads),
