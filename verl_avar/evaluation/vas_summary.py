@@ -71,13 +71,14 @@ def _scope(part: pd.DataFrame, classed: bool, sink_share: float, seed: int) -> d
     }
     summary = vas.summary() if vas.queries else {"paper": None, "head_mean": None, "median": None, "by_layer": None}
     paper = vas.by_head if vas.queries else None
-    of_sample = {key: [float(np.nanmean(v)) for v in scored[key]] for key in ("vas", "head_mean")}
+    reached = [np.array(r) for r in scored["reached"]]
+    of_heads = [np.array(v).reshape(layers, heads).mean(1) for v in scored["vas"]]
     found = {
         "vas": summary["paper"],
         "class": vas_class(summary["paper"]) if classed and vas.queries else None,
-        "interval": _interval(of_sample["vas"], scored["queries"], seed),
+        "interval": _interval(of_heads, reached, seed),
         "head_mean": summary["head_mean"],
-        "head_mean_interval": _interval(of_sample["head_mean"], scored["queries"], seed),
+        "head_mean_interval": _interval(list(map(np.array, scored["head_mean"])), reached, seed),
         "median": summary["median"],
         "mass": {role: float(mass.mean()) for role, mass in heads_mass.items()},
         "by_layer": {
@@ -175,23 +176,17 @@ def _decay(response: pd.DataFrame) -> dict | None:
     return {"first": float(np.mean(first)), "last": float(np.mean(last)), "slope_per_100": slope}
 
 
-def _interval(values: Sequence[float], weights: Sequence[float], seed: int) -> list[float] | None:
-    """95 % bootstrap interval, over samples, of the mean weighted by queries; None for fewer than two samples."""
-    from scipy.stats import bootstrap
+def _interval(values: Sequence, reached: Sequence, seed: int) -> list[float] | None:
+    """95 % percentile bootstrap interval, over samples, of the VAS that they make together; None for fewer than two.
 
+    values: [S, L], each sample's mean over heads by layer, NaN where it has none; reached: [S, L], the queries behind.
+    """
     if len(values) < 2:
         return None
-
-    def mean(x, w, axis):
-        return (x * w).sum(axis) / w.sum(axis)
-
-    found = bootstrap(
-        (np.asarray(values, float), np.asarray(weights, float)),
-        mean,
-        paired=True,
-        vectorized=True,
-        n_resamples=RESAMPLES,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
-    return [float(found.confidence_interval.low), float(found.confidence_interval.high)]
+    values, reached = np.stack(values), np.stack(reached)
+    sums, n = np.concatenate([np.nan_to_num(values) * reached, reached], axis=1), len(values)
+    rng = np.random.default_rng(seed)
+    drawn = np.stack([np.bincount(rng.integers(n, size=n), minlength=n) @ sums for _ in range(RESAMPLES)])
+    ratios, counts = np.split(drawn, 2, axis=1)
+    means = np.nanmean(np.divide(ratios, counts, out=np.full_like(ratios, np.nan), where=counts > 0), axis=1)
+    return np.quantile(means, [0.025, 0.975]).tolist()
