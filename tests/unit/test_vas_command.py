@@ -17,7 +17,6 @@ from verl_avar.evaluation.checkpoint import load_checkpoint
 from verl_avar.evaluation.heatmap import rasterise
 from verl_avar.evaluation.measure import measure
 from verl_avar.evaluation.rows import read_rows
-from verl_avar.evaluation.vas_command import layer_list
 from verl_avar.evaluation.vas_run import check_model
 from verl_avar.miniature import base_path
 from verl_avar.miniature.data import write_eval
@@ -140,6 +139,8 @@ def test_a_rerun_measures_only_what_is_missing(tmp_path, data, monkeypatch):
     whole = json.loads((out / "vas.json").read_text())
     assert avar_vas("--data", data, "--out", tmp_path / "fresh") == 0
     fresh = json.loads((tmp_path / "fresh/vas.json").read_text())
+    assert avar_vas("--data", data, "--out", out) == 0
+    assert json.loads((out / "vas.json").read_text())["seconds"] == whole["seconds"] > 0  # of measuring, then and now
     assert whole["scopes"]["response"]["head_mean"] == pytest.approx(fresh["scopes"]["response"]["head_mean"], rel=1e-4)
 
 
@@ -190,6 +191,19 @@ def test_bad_rows_are_named_and_counted_and_take_no_other_with_them(tmp_path, ca
     assert result["samples"] == 7 - len(failed) - 1
     assert avar_vas("--data", tmp_path / "rows.parquet", "--out", tmp_path / "strict", "--strict") == 2
     assert "row broken" in capsys.readouterr().err
+
+
+def test_where_no_row_can_be_measured_the_first_reason_is_told_with_its_row(tmp_path, capsys):
+    lines = [{"id": "text", "question": "?"}, {"id": "broken", "question": "?", "image": "no.png"}]
+    Image.new("RGB", (84, 84)).save(tmp_path / "a.png")
+    lines.append({"id": "fine", "question": "What colour?", "image": "a.png"})
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    options = ["--data", tmp_path / "rows.jsonl", "--out", tmp_path / "out", "--scope", "user"]
+    for more, status in ((["--max-samples", 2], 2), ([], 0), (["--max-samples", 2], 2)):
+        capsys.readouterr()
+        assert avar_vas(*options, *more) == status
+        said = "none of 2 rows could be measured; row broken: "
+        assert (said in capsys.readouterr().err) == (status == 2)
 
 
 def test_without_a_system_turn_there_are_masses_but_no_vas(tmp_path):
@@ -254,12 +268,6 @@ def test_a_model_that_reports_no_masses_is_refused(checkpoint):
 def test_a_layer_that_the_model_lacks_is_an_error(tmp_path, data, capsys):
     assert avar_vas("--data", data, "--out", tmp_path / "out", "--layers", "0,77") == 2
     assert "77" in capsys.readouterr().err and not (tmp_path / "out").exists()
-
-
-def test_layer_lists():
-    assert layer_list("0,4,8-11") == [0, 4, 8, 9, 10, 11]
-    with pytest.raises(Exception, match="no list of layers"):
-        layer_list("a-b")
 
 
 def test_a_token_spreads_its_weight_over_its_box():

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from verl_avar.evaluation.vas_command import layer_list, positive
+from verl_avar.evaluation.options import add_shared, layer_list, load, model_path, placement
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,8 +42,7 @@ def numbers(text: str) -> list[float]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `avar intervene`."""
-    parser.add_argument("--model", required=True, help="checkpoint: a folder, or a name in the local hub cache")
-    parser.add_argument("--data", required=True, help=".parquet or .jsonl of image questions with their answers")
+    add_shared(parser, data=".parquet or .jsonl of image questions with their answers")
     parser.add_argument(
         "--out", type=Path, help="folder of the results (default: runs/intervene/MODEL); a rerun goes on"
     )
@@ -67,19 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     points.add_argument(
         "--layers", type=layer_list, metavar="LIST", help="layers to bias, such as 0,4,8-11 (default: all)"
     )
-    parser.add_argument("--question", help="the question to ask of images that have none of their own")
-    parser.add_argument("--system", help="a system message for rows that have none (without one there is no VAS)")
-    parser.add_argument("--max-samples", type=positive, help="use the first N rows only")
-    parser.add_argument("--max-new-tokens", type=positive, default=512)
-    parser.add_argument("--batch-size", type=positive, default=1)
     parser.add_argument("--backend", choices=("transformers", "vllm"), default="transformers")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="auto: float32 on a CPU, the checkpoint's own on a GPU",
-    )
     parser.add_argument(
         "--scorer",
         metavar="FILE.py[:FUNCTION]",
@@ -93,7 +80,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keyword argument of the scorer; may be given again (reward_fns/avar.py wants on_missing=zero)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap; answers are greedy (default: 0)")
-    parser.add_argument("--strict", action="store_true", help="stop at the first row that can't be used")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -132,7 +118,7 @@ def measure(arguments: argparse.Namespace, backend: Backend | None = None) -> tu
     if left_out and (arguments.strict or not kept):
         first = left_out[0]
         raise ValueError(f"{len(left_out)} of {len(rows)} rows can't be used; row {first['row']}: {first['reason']}")
-    model = arguments.model if not Path(arguments.model).exists() else str(Path(arguments.model))
+    model = model_path(arguments)
     out = arguments.out or Path("runs/intervene") / Path(model).name
     settings = {
         "command": "avar intervene",
@@ -140,11 +126,12 @@ def measure(arguments: argparse.Namespace, backend: Backend | None = None) -> tu
         "model_files": fingerprint(model),
         "data": str(arguments.data),
         "data_files": fingerprint(arguments.data),
-    } | {name: getattr(arguments, name) for name in ("question", "system", "dtype", "max_new_tokens", "backend")}
+    } | {name: getattr(arguments, name) for name in ("question", "system", "max_new_tokens", "backend")}
+    settings["dtype"] = placement(arguments)[1]
     bias = {"layers": arguments.layers, "queries": arguments.queries, "mode": arguments.mode}
-    load = functools.cache(lambda: backend or _transformers(arguments, model, bias, any(p.visual for p in points)))
+    run_tasks = functools.cache(lambda: backend or _transformers(arguments, bias, any(p.visual for p in points)))
     if not (out / "run.json").exists():
-        load()  # what can't be loaded begins nothing
+        run_tasks()  # what can't be loaded begins nothing
     begin(out, settings | bias)
     console = Console(stderr=True)
 
@@ -152,7 +139,7 @@ def measure(arguments: argparse.Namespace, backend: Backend | None = None) -> tu
         quiet = not console.is_terminal
         return track(records, "answering", count, console=console, transient=True, disable=quiet)
 
-    records = sweep(points, kept, out, lambda tasks: load()(tasks), arguments.strict, progress)
+    records = sweep(points, kept, out, lambda tasks: run_tasks()(tasks), arguments.strict, progress)
     table = judged(points, kept, records, scorer)
     results = summarise(table, points, arguments.seed) | {"settings": settings | bias, "rows": len(rows)}
     results["left_out"] = left_out
@@ -177,19 +164,11 @@ def _scorer(arguments: argparse.Namespace) -> Scorer:
     return load_scorer(arguments.scorer, read_options(arguments.scorer_option), str(arguments.data))
 
 
-def _transformers(arguments: argparse.Namespace, model: str, bias: dict, visual: bool) -> Backend:
+def _transformers(arguments: argparse.Namespace, bias: dict, visual: bool) -> Backend:
     """The backend on transformers, with the checkpoint loaded and checked."""
-    import torch
-    from transformers.utils.logging import disable_progress_bar
-
     from verl_avar.evaluation import sweep_transformers
-    from verl_avar.evaluation.checkpoint import load_checkpoint
 
-    disable_progress_bar()
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    on_cpu = torch.device(device).type == "cpu"
-    dtype = "float32" if arguments.dtype == "auto" and on_cpu else arguments.dtype
-    checkpoint = load_checkpoint(model, dtype=dtype if dtype == "auto" else getattr(torch, dtype), device=device)
+    checkpoint = load(arguments)
     sweep_transformers.check(checkpoint, visual, bias)
     return sweep_transformers.backend(checkpoint, bias, arguments.max_new_tokens, arguments.batch_size)
 

@@ -1,21 +1,19 @@
-"""`avar vas`: its options, and the run from a checkpoint and a data file to table, figures and page."""
+"""`avar vas`: the Visual Attention Score of a checkpoint on image questions, as table, figures and page (AVAR §2.2)."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
+
+from verl_avar.evaluation.options import add_shared, count, layer_list, load, model_path, share
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `avar vas`."""
-    parser.add_argument("--model", required=True, help="checkpoint: a folder, or a name in the local hub cache")
+    add_shared(parser, data=".parquet or .jsonl of image questions, or a folder of images")
     parser.add_argument("--name", help="what to call the checkpoint in tables and figures (default: from its path)")
-    parser.add_argument("--data", required=True, help=".parquet or .jsonl of image questions, or a folder of images")
-    parser.add_argument("--question", help="the question to ask of images that have none of their own")
-    parser.add_argument("--system", help="a system message for rows that have none (without one there is no VAS)")
     parser.add_argument(
         "--out", type=Path, help="folder of the results (default: runs/vas/MODEL); a rerun goes on there"
     )
@@ -25,29 +23,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="both",
         help="whose attention: the user's tokens after the image (the paper's VAS), the response's, or both (default)",
     )
-    parser.add_argument("--layers", type=layer_list, help="layers to measure, such as 0,4,8-11 (default: all)")
-    parser.add_argument("--max-samples", type=positive, help="measure the first N rows only")
-    parser.add_argument("--max-new-tokens", type=positive, default=512, help="of a response that is not in the data")
-    parser.add_argument("--batch-size", type=positive, default=1)
     parser.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-        help="auto: float32 on a CPU, the checkpoint's own on a GPU",
-    )  # fmt: skip
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
-    parser.add_argument("--pictures", type=int, default=4, help="samples whose response is followed over the image")
+        "--layers", type=layer_list, metavar="LIST", help="layers to measure, such as 0,4,8-11 (default: all)"
+    )
     parser.add_argument(
-        "--sink-share", type=share, default=0.05,
+        "--pictures", type=count, metavar="N", default=4, help="samples whose response is followed over the image"
+    )
+    parser.add_argument(
+        "--sink-share",
+        type=share,
+        default=0.05,
         help="a visual token is a sink above this share of the visual mass (and 5 times an even part of it)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--compare", action="append", default=[], metavar="DIR",
+        "--compare",
+        action="append",
+        default=[],
+        metavar="DIR",
         help="results of another checkpoint to put beside these in the table; may be given again",
-    )  # fmt: skip
-    parser.add_argument("--strict", action="store_true", help="stop at the first row that can't be measured")
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs `avar vas`; returns the exit status: 0, 1 where nothing could be measured, 2 for bad input."""
+    """Runs `avar vas`; returns the exit status: 0, or 2 for bad input and where nothing could be measured."""
     try:
         others = [read_result(path) for path in arguments.compare]
         result, out = measure_checkpoint(arguments, others)
@@ -58,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     print_vas([*others, result])
     print(f"{out / 'index.html'}")
-    return 0 if result["samples"] else 1
+    return 0
 
 
 def measure_checkpoint(arguments: argparse.Namespace, others: list[dict]) -> tuple[dict, Path]:
@@ -69,27 +67,18 @@ def measure_checkpoint(arguments: argparse.Namespace, others: list[dict]) -> tup
     from verl_avar.evaluation.partial import begin, fingerprint
     from verl_avar.evaluation.rows import read_rows
 
-    started = time.monotonic()
-    model = arguments.model if not Path(arguments.model).exists() else str(Path(arguments.model))
+    model = model_path(arguments)
     out = arguments.out or Path("runs/vas") / Path(model).name
     rows = read_rows(arguments.data, arguments.question, arguments.system, arguments.max_samples)
 
-    import torch
     from rich.console import Console
     from rich.progress import track
-    from transformers.utils.logging import disable_progress_bar
 
-    from verl_avar.evaluation.checkpoint import load_checkpoint
     from verl_avar.evaluation.vas_run import Settings, check_model, measure_rows
     from verl_avar.report.vas_page import render_vas
 
-    disable_progress_bar()
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = arguments.dtype
-    if dtype == "auto" and torch.device(device).type == "cpu":
-        dtype = "float32"
     settings = Settings(arguments.scope, arguments.layers, arguments.max_new_tokens, arguments.sink_share)
-    checkpoint = load_checkpoint(model, dtype=dtype if dtype == "auto" else getattr(torch, dtype), device=device)
+    checkpoint = load(arguments)
     check_model(checkpoint, settings.layers)
     begin(
         out,
@@ -108,7 +97,7 @@ def measure_checkpoint(arguments: argparse.Namespace, others: list[dict]) -> tup
 
     console = Console(stderr=True)
 
-    def progress(batches, size):
+    def progress(batches):
         return track(batches, description="measuring", console=console, transient=True)
 
     outcome = measure_rows(
@@ -121,12 +110,12 @@ def measure_checkpoint(arguments: argparse.Namespace, others: list[dict]) -> tup
         strict=arguments.strict,
         progress=progress,
     )
-    result, samples = finish(checkpoint, arguments, rows, settings, outcome, out, time.monotonic() - started)
+    result, samples = finish(checkpoint, arguments, rows, settings, outcome, out)
     render_vas(result, samples, out, others)
     return result, out
 
 
-def finish(checkpoint, arguments, rows, settings, outcome, out: Path, seconds: float) -> tuple[dict, list]:
+def finish(checkpoint, arguments, rows, settings, outcome, out: Path) -> tuple[dict, list]:
     """vas.json and the tables from the parts on disk: (vas.json, the samples of the pictures)."""
     import pandas as pd
 
@@ -135,12 +124,13 @@ def finish(checkpoint, arguments, rows, settings, outcome, out: Path, seconds: f
     from verl_avar.evaluation.vas_run import overlays
     from verl_avar.evaluation.vas_summary import by_head, summarise
 
-    parts = sorted((out / "parts").glob("*.parquet"))
-    if not parts:
-        reasons = [f["reason"] for f in outcome.failed + outcome.skipped]
-        raise ValueError(f"none of {len(rows)} rows could be measured; first: row {rows[0].id}: {reasons[0]}")
-    table = pd.concat([pd.read_parquet(part) for part in parts], ignore_index=True)
-    table = table[table["number"] < len(rows)].sort_values("number")
+    tables = [pd.read_parquet(part) for part in sorted((out / "parts").glob("*.parquet"))]
+    tables = [table for table in tables if table["number"].min() < len(rows)]
+    if not tables:
+        first = (outcome.failed + outcome.skipped)[0]
+        raise ValueError(f"none of {len(rows)} rows could be measured; row {first['row']}: {first['reason']}")
+    table = pd.concat(tables, ignore_index=True)
+    table = table[table["number"] < len(rows)].sort_values("number", kind="stable")
     crossed = families.cross_attention_layers(checkpoint.model)
     result = {
         "schema": 1,
@@ -155,7 +145,7 @@ def finish(checkpoint, arguments, rows, settings, outcome, out: Path, seconds: f
         "planned": len(rows),
         "failed": outcome.failed,
         "skipped": outcome.skipped,
-        "seconds": seconds,
+        "seconds": float(table.drop_duplicates("number")["seconds"].sum()),
         "notes": notes(table, outcome, crossed),
         **summarise(table, classes=not crossed, sink_share=settings.sink_share),
     }
@@ -195,32 +185,3 @@ def read_result(path: str | Path) -> dict:
     if not isinstance(result, dict) or result.get("schema") != 1 or "scopes" not in result:
         raise ValueError(f"{path}: not a vas.json of this version of avar")
     return result
-
-
-def layer_list(text: str) -> list[int]:
-    """Layers written as 0,4,8-11."""
-    layers: set[int] = set()
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not first.strip().isdecimal() or (last and not last.strip().isdecimal()):
-            raise argparse.ArgumentTypeError(f"'{text}' is no list of layers such as 0,4,8-11")
-        layers |= set(range(int(first), int(last or first) + 1))
-    return sorted(layers)
-
-
-def positive(text: str) -> int:
-    """A count of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no positive number")
-    return int(text)
-
-
-def share(text: str) -> float:
-    """A number above 0 and below 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no share between 0 and 1")
-    return value

@@ -29,7 +29,7 @@ from verl_avar.evaluation.rows import Row
 from verl_avar.report import HeatmapSample
 from verl_avar.roles import Role
 
-Progress = Callable[[Iterable, int], Iterable]  # (batches, number of samples) -> the batches
+Progress = Callable[[Iterable], Iterable]  # the batches, as they are taken
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def measure_rows(
     batch_size: int = 1,
     pictures: int = 0,
     strict: bool = False,
-    progress: Progress = lambda batches, _: batches,
+    progress: Progress = lambda batches: batches,
 ) -> Outcome:
     """Measures the rows that `folder` (OUT/parts) does not hold yet, a file for each batch.
 
@@ -85,7 +85,7 @@ def measure_rows(
             todo.append(number)
     batch_size = 1 if families.alone(checkpoint.model) else batch_size
     batches = [todo[i : i + batch_size] for i in range(0, len(todo), batch_size)]
-    for batch in progress(batches, batch_size):
+    for batch in progress(batches):
         started = time.monotonic()
         records = []
 

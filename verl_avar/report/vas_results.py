@@ -6,7 +6,7 @@ Figures that could not be measured are None (null); VAS is None without a system
     model, model_type, data, dtype; name: what to call it, or None
     layers      indices of the measured layers;  heads: their number
     samples     rows measured, of `planned`;  failed, skipped: lists of {"row", "reason"}
-    seconds     wall clock;  notes: list of lines for the reader
+    seconds     of measuring, over all runs;  notes: list of lines for the reader
     scopes      {"user" | "response": SCOPE}, see AVAR §2.2, arXiv:2603.03825
         vas, interval, class             mean of single heads' ratios, its 95 % interval, the paper's class of it
         head_mean, head_mean_interval    heads averaged before the ratio;  median: of that over queries
