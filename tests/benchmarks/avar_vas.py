@@ -3,8 +3,9 @@
     python tests/benchmarks/avar_vas.py [--cells 16 32 56] [--layers 8] [--hidden 512]
 
 Both sides open the images, run the processor and the model (a Qwen2.5-VL with random weights) on given responses, and
-keep only the last token's logits. `avar vas` adds: roles, masses of four roles for every layer and head, sinks and
-borders, a picture's data, and the files on disk. The order of the two alternates; the fastest of the repeats counts.
+keep no cache and only the last token's logits. `avar vas` adds: roles, masses of four roles for every layer and head,
+sinks and borders, a picture's data, and the files on disk. The order of the two alternates; the fastest of the repeats
+counts.
 """
 
 import argparse
@@ -17,10 +18,9 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from verl_avar.evaluation.answer import given
+from verl_avar.evaluation.answer import attention_only, given
 from verl_avar.evaluation.checkpoint import load_checkpoint
 from verl_avar.evaluation.images import open_images
-from verl_avar.evaluation.measure import last_logits_only
 from verl_avar.evaluation.rows import Row
 from verl_avar.evaluation.vas_run import Settings, measure_rows
 from verl_avar.miniature.model import build_config, build_processor, save
@@ -63,7 +63,7 @@ def compare(folder: Path, cells: int, samples: int, repeats: int) -> dict:
         for row in rows:
             answers = given(checkpoint, [row.messages], [open_images(row.images)], [row.response])
             with torch.no_grad():
-                checkpoint.model(**answers.inputs, **last_logits_only(checkpoint.model))
+                checkpoint.model(**answers.inputs, **attention_only(checkpoint.model))
         return answers.inputs["input_ids"].shape[1]
 
     def measured() -> None:

@@ -1,5 +1,7 @@
 """Answers, masses and figures of a checkpoint, on the miniature with random weights."""
 
+import functools
+
 import pandas as pd
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 from verl_avar.attention import reference
 from verl_avar.attention.hf import set_attention
 from verl_avar.attention.mass import MASS_ROLES
-from verl_avar.evaluation.answer import answer, answer_masses
+from verl_avar.evaluation.answer import answer, answer_masses, attention_only
 from verl_avar.evaluation.checkpoint import load_checkpoint, prompt_inputs
 from verl_avar.evaluation.evaluate import evaluate, shuffled_images
 from verl_avar.evaluation.heatmap import heatmap_sample, sentences
@@ -61,6 +63,15 @@ def test_masses_of_responses_equal_eager_maps(checkpoint, answers):
         torch.testing.assert_close(
             ours.transpose(2, 3)[:, asked], expected.transpose(2, 3)[:, asked], atol=1e-5, rtol=1e-4
         )
+
+
+def test_masses_are_taken_without_logits_and_cache_that_nobody_reads(checkpoint, answers, monkeypatch):
+    passed, forward = {}, checkpoint.model.forward
+    monkeypatch.setattr(checkpoint.model, "forward", functools.wraps(forward)(lambda **inputs: passed.update(inputs)))
+    passed["output"] = forward(**answers.inputs, **attention_only(checkpoint.model))
+    assert passed["output"].logits.shape[1] == 1 and passed["output"].past_key_values is None
+    answer_masses(checkpoint, answers)
+    assert passed["logits_to_keep"] == 1 and passed["use_cache"] is False
 
 
 def test_a_heatmap_is_the_response_and_its_mass_on_the_image(checkpoint, rows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -130,8 +131,14 @@ def answer_masses(
         _intervened(checkpoint.model, answers.roles, intervention),
         probe(answers.roles, queries=query_mask(answers.roles, scope)) as record,
     ):
-        checkpoint.model(**answers.inputs)
+        checkpoint.model(**answers.inputs, **attention_only(checkpoint.model))
     return record
+
+
+def attention_only(model: torch.nn.Module) -> dict:
+    """Keyword arguments of a full forward pass of which nobody reads logits or cache: both are large."""
+    takes = inspect.signature(model.forward).parameters
+    return {"use_cache": False} | ({"logits_to_keep": 1} if "logits_to_keep" in takes else {})
 
 
 def _intervened(model, roles: torch.Tensor, intervention: dict | None):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ import torch
 
 from verl_avar import families
 from verl_avar.attention.hf import probe
-from verl_avar.evaluation.answer import Answers
+from verl_avar.evaluation.answer import Answers, attention_only
 from verl_avar.evaluation.checkpoint import Checkpoint
 from verl_avar.evaluation.visual_tokens import VisualTokens
 from verl_avar.roles import Role, query_mask
@@ -64,7 +63,7 @@ def measure(
 
     asked = query_mask(roles, "+".join(scopes))
     with probe(roles, queries=asked, layers=layers, of=ROLES, visual=visual) as record:
-        checkpoint.model(**answers.inputs, **last_logits_only(checkpoint.model))
+        checkpoint.model(**answers.inputs, **attention_only(checkpoint.model))
     masses, measured_layers = families.masses(checkpoint.model, record, ROLES)
     reach = families.reach(checkpoint.model, roles, measured_layers)
     results = []
@@ -86,11 +85,6 @@ def measure(
         problem = None if records else f"no queries in the {scope} scope"
         results.append(Measured(records, measured_layers, tokens.steps(b) if b in follow else None, problem))
     return results
-
-
-def last_logits_only(model: torch.nn.Module) -> dict[str, int]:
-    """Keyword arguments of a forward pass whose logits nobody reads: vocabularies are large."""
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def _record(scope: str, masses: torch.Tensor, reach: torch.Tensor, has_vas: bool) -> dict:
