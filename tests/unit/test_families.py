@@ -84,7 +84,8 @@ def test_the_model_computes_what_it_computes_without_us(family):
     loaded = load(family)
     answers, output, *_ = loaded.passes(two_rows)
     real = answers.inputs["attention_mask"].bool()
-    assert torch.equal(output.logits[real], loaded.sdpa(**answers.inputs).logits[real])  # under a probe
+    # Under a probe the kernel may run eight columns wider, which rounds differently.
+    torch.testing.assert_close(output.logits[real], loaded.sdpa(**answers.inputs).logits[real], atol=1e-4, rtol=1e-5)
     prompts = [conversation("You are careful.", "<image>What colour is it?")] * 2
     written = answer(loaded.ours, prompts, [[noise(150, 70)], [noise(60, 60)]], 6)
     by_token = [name for name, value in written.inputs.items() if value.shape[:2] == written.roles.shape]
