@@ -8,6 +8,7 @@ import sys
 
 from PIL import Image
 
+from verl_avar import families
 from verl_avar.evaluation.answer import answer, answer_masses
 from verl_avar.evaluation.checkpoint import load_checkpoint
 from verl_avar.miniature import base_path
@@ -31,7 +32,9 @@ visual, system = record.mass(Role.VISUAL), record.mass(Role.SYSTEM)  # [layers, 
 print(question)
 print(answers.texts[0])
 print("VARS score:", visual_scores(visual, system, answers.roles)[0])
+masses, layers = families.masses(checkpoint.model, record)  # those above, but for models of cross-attention
+reach = families.reach(checkpoint.model, answers.roles, layers)
 for scope in ("user", "response"):
     vas = Vas(scope)
-    vas.add(visual, system, answers.roles)
+    vas.add(*masses.unbind(-1), answers.roles, reach)
     print(f"VAS ({scope}):", {name: round(vas.summary()[name], 3) for name in ("paper", "head_mean", "median")})

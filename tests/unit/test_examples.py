@@ -1,9 +1,11 @@
 """Each example runs as its first lines say, on the shipped miniature."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
 
+import families
 import pytest
 
 from verl_avar.cli import main
@@ -38,6 +40,16 @@ def test_visual_masses(run):
 
 def test_vas_in_ten_lines(run):
     assert "VAS " in (out := run("vas_in_ten_lines.py")) and "visual mass" in out
+
+
+@pytest.mark.parametrize("family", ["gemma3", "mllama"])
+def test_ten_lines_say_what_avar_vas_says_of_windows_and_cross_attention(run, family, tmp_path):
+    model, rows = families.build(family, tmp_path / family), write_eval(tmp_path / "eval.parquet", 1, seed=0)
+    out = run("vas_in_ten_lines.py", str(model), str(rows))
+    options = ["--scope", "user", "--out", str(tmp_path / "out")]
+    assert main(["vas", "--model", str(model), "--data", str(rows), *options]) == 0
+    scope = json.loads((tmp_path / "out" / "vas.json").read_text(encoding="utf-8"))["scopes"]["user"]
+    assert f"VAS {scope['vas']:.2f} (" in out and f"heads averaged first {scope['head_mean']:.3f}" in out
 
 
 def test_intervention(run):

@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 import torch
 
+from verl_avar import families
 from verl_avar.evaluation.answer import Answers, answer, answer_masses
 from verl_avar.evaluation.checkpoint import load_checkpoint
-from verl_avar.roles import Role
 from verl_avar.vas import Vas
 
 Score = Callable[[dict, str], float]  # (row, response text) -> 1.0 if right
@@ -40,10 +40,10 @@ def evaluate(
     vas = {scope: Vas(scope) for scope in ("user", "response")}
 
     def look(answers: Answers) -> None:
-        record = answer_masses(checkpoint, answers)
-        visual, system = record.mass(Role.VISUAL), record.mass(Role.SYSTEM)
+        masses, layers = families.masses(checkpoint.model, answer_masses(checkpoint, answers))
+        reach = families.reach(checkpoint.model, answers.roles, layers)
         for scope in vas.values():
-            scope.add(visual, system, answers.roles)
+            scope.add(*masses.unbind(-1), answers.roles, reach)
 
     options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": progress}
     responses = _answers(checkpoint, rows, list(rows["images"]), look, label="images", **options)
