@@ -131,7 +131,7 @@ def test_lines_say_what_was_measured(result):
     assert "The response gives the image 14.2 % of its attention, less than the system turn (26.5 %)" in text
     assert "VAS of the user turn: 7.50 (95 %: 6.75–8.25), narrow." in text
     assert "attention to the image falls, 21.0 % to 14.0 % (-3.0 points per 100 tokens)" in text
-    assert "3.2 sink tokens a sample take 41.0 %, border cells 18.0 %" in text
+    assert "In the response, of the attention to the image, 3.2 sink tokens a sample take 41.0 %, border" in text
     assert "3 of 203 rows failed, most often (2×): no image file." in text
 
 
@@ -148,7 +148,27 @@ def test_strongest_layers_and_head_are_those_of_the_arrays(result):
 
 def test_a_model_without_sinks_is_told_so(result):
     result["scopes"]["response"]["sinks"] |= {"tokens": 0.0, "mass_share": 0.0}
-    assert "no image token is a sink, border cells 18.0 %" in said(result)
+    result["scopes"]["user"]["sinks"] |= {"tokens": 0.0, "mass_share": 0.0}
+    text = said(result)
+    assert "no image token is a sink; of the attention to the image, border cells take 18.0 %; head-avera" in text
+    assert "without sinks" not in text + said(result, copy.deepcopy(result))
+    assert "without sinks" not in texts(vas_figures.robustness([result], ["x"]))
+
+
+def test_a_gate_is_not_reported_as_a_part_of_attention(result):
+    result |= {"cross_attention": True, "model_type": "mllama"}
+    for scope in result["scopes"].values():
+        scope["mass"] |= {"visual": 0.7, "system": 0.6}  # more than a whole
+    text = said(result)
+    assert "The response has a gated visual mass of 70.0 %; the user turn has a gated visual mass of 70.0 %." in text
+    assert "than the system turn" not in text and "last quarter" not in text and "strongest head" not in text
+    assert vas_figures.masses([result], ["x"]) is None and vas_figures.head_map(result, "user") is None
+    assert strongest_heads(result, "response") == []
+
+
+def test_failures_of_different_reasons_are_told_by_one(result):
+    result["failed"] = result["failed"][1:]
+    assert "2 of 203 rows failed, for example: no image file." in said(result)
 
 
 def test_an_interval_that_reaches_another_class_says_so(result):

@@ -39,9 +39,11 @@ ROLES = (("visual", "image", BLUE, "-"), ("system", "system turn", ORANGE, "--")
 
 
 def masses(results: Sequence[dict], names: Sequence[str]) -> Figure | None:
-    """How attention divides over roles, for each result and scope, in %."""
+    """How attention divides over roles, for each result and scope, in %; where the masses are parts of one whole."""
     rows = []
     for name, result, scope in _measured_scopes(results, names):
+        if result.get("cross_attention"):
+            continue
         values = [number(result, "scopes", scope, "mass", role) for role, *_ in ROLES]
         if values[0] is not None:
             rows.append((name, [100 * (value or 0) for value in values]))
@@ -63,10 +65,11 @@ def robustness(results: Sequence[dict], names: Sequence[str]) -> Figure | None:
         ("Paper's VAS: mean of the ratios of single heads", "vas", "interval", "vas", "no_border_vas"),
     ]
     drawn = []
+    any_sinks = any(number(r, "scopes", s, "sinks", "tokens") for _, r, s in rows)
     for title, key, interval, no_sinks, no_border in kinds:
         values = [
             ("all image tokens", BLUE, [number(r, "scopes", s, key) for _, r, s in rows]),
-            ("without sinks", ORANGE, [number(r, "scopes", s, "sinks", no_sinks) for _, r, s in rows]),
+            ("without sinks", ORANGE, [number(r, "scopes", s, "sinks", no_sinks) for _, r, s in rows] * any_sinks),
             ("without border", GREEN, [number(r, "scopes", s, "sinks", no_border) for _, r, s in rows]),
         ]
         if measured(values[0][2]):
@@ -179,7 +182,7 @@ def head_map(result: dict, scope: str) -> Figure | None:
         ("VAS (log scale)", 1, series(result, "scopes", scope, "by_head", "vas")),
     ]
     maps = [(title, factor * values) for title, factor, values in maps if values is not None]
-    if not maps or maps[0][1].size < 2:
+    if not maps or maps[0][1].size < 2 or result.get("cross_attention"):  # its heads are all the same
         return None
     layers, heads = maps[0][1].shape
     colours = colormaps["viridis"].with_extremes(bad="#DDDDDD")

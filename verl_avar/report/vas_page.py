@@ -62,10 +62,11 @@ def render_vas(result: dict, overlays: "Sequence[HeatmapSample]", out: Path, oth
 
 
 def strongest_heads(result: dict, scope: str) -> list[list[str]]:
-    """Layer, head, image %, system turn % and VAS of the heads that look most; empty where heads were not measured."""
+    """Layer, head, image %, system turn % and VAS of the heads that look most; empty where heads were not measured or
+    are all the same."""
     tables = [series(result, "scopes", scope, "by_head", key) for key in ("visual", "system", "vas")]
     visual = tables[0]
-    if visual is None or visual.size < 2:
+    if visual is None or visual.size < 2 or result.get("cross_attention"):
         return []
     order = np.argsort(-np.nan_to_num(visual, nan=-1), axis=None, kind="stable")[:HEADS]
     formats = (percent, percent, digits)

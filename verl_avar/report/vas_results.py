@@ -4,6 +4,8 @@ Figures that could not be measured are None (null); VAS is None without a system
 
     schema      1
     model, model_type, data, dtype; name: what to call it, or None
+    cross_attention  whether images come in that way (Llama-3.2-Vision): the visual mass is then a gate's, the same for
+                     all heads and queries, and no part of one whole with the other roles' masses
     layers      indices of the measured layers;  heads: their number
     samples     rows measured, of `planned`;  failed, skipped: lists of {"row", "reason"}
     seconds     of measuring, over all runs;  notes: list of lines for the reader

@@ -8,7 +8,7 @@ import numpy as np
 from verl_avar.report.results import digits, number, percent
 from verl_avar.report.vas_results import SCOPES, between, interval_text, main_scope, series
 from verl_avar.report.verdicts import EXPLODED, masses_change
-from verl_avar.vas import CLASSES
+from verl_avar.vas import vas_class
 
 SAME = 0.1  # relative change of the image's mass along a response that is still called steady
 FEW = 0.02  # share of the heads that make half of the paper's mean, up to which they are said to decide it
@@ -34,7 +34,9 @@ def _looks(prefix: str, result: dict) -> str:
     parts = []
     for scope, words in SCOPES.items():
         visual, system = (number(result, "scopes", scope, "mass", role) for role in ("visual", "system"))
-        if visual is not None:
+        if visual is not None and result.get("cross_attention"):
+            parts.insert(0, f"the {words} has a gated visual mass of {percent(visual)} %")
+        elif visual is not None:
             part = f"the {words} gives the image {percent(visual)} % of its attention"
             if system:
                 part += f", {'more' if visual > system else 'less'} than the system turn ({percent(system)} %)"
@@ -53,12 +55,8 @@ def _classed(scope: dict) -> str:
     words = digits(number(scope, "vas")) + (f" (95 %: {interval_text(ends)})" if ends else "")
     if not scope.get("class"):
         return words
-    reached = {_class_of(end) for end in ends or ()} - {scope["class"]}
+    reached = {vas_class(end) for end in ends or ()} - {scope["class"]}
     return f"{words}, {scope['class']}" + (f", and perhaps {' or '.join(sorted(reached))}" if reached else "")
-
-
-def _class_of(vas: float) -> str:
-    return next(name for bound, name in CLASSES if vas < bound or bound == CLASSES[-1][0])
 
 
 def _change(name: str, first: dict, other_name: str, other: dict) -> str | None:
@@ -77,7 +75,8 @@ def _change(name: str, first: dict, other_name: str, other: dict) -> str | None:
     ends = [between(record, "head_mean_interval") for record in (before, after)]
     line = f"{who}head-averaged VAS {digits(old)} to {digits(new)} ({digits(new / old)}×{_overlap(ends)})"
     no_sinks = [number(record, "sinks", "head_mean") for record in (before, after)]
-    if no_sinks[0] and no_sinks[1] is not None:
+    found = any(number(record, "sinks", "tokens") for record in (before, after))
+    if found and no_sinks[0] and no_sinks[1] is not None:
         line += f", without sinks {digits(no_sinks[1] / no_sinks[0])}×"
     return f"{line}; {masses_change(*masses)}." if all(masses) else f"{line}."
 
@@ -116,7 +115,7 @@ def _layers(result: dict) -> str | None:
         f"least: layer {layers[last]} ({percent(by_layer[last])} %)"
     )
     heads = series(result, "scopes", scope, "by_head", "visual")
-    if heads is not None and heads.shape[1] > 1:
+    if heads is not None and heads.shape[1] > 1 and not result.get("cross_attention"):
         layer, head = np.unravel_index(np.nanargmax(heads), heads.shape)
         line += f"; strongest head: {head} of layer {layers[layer]} ({percent(heads[layer, head])} %)"
     return line + "."
@@ -127,7 +126,7 @@ def _decay(named: list[tuple[str, dict]]) -> str | None:
     parts = []
     for prefix, result in named:
         first, last = number(result, "decay", "first"), number(result, "decay", "last")
-        if first and last is not None:
+        if first and last is not None and not result.get("cross_attention"):
             change = last / first - 1
             verb = "holds" if abs(change) <= SAME else "falls" if change < 0 else "rises"
             part = f"{prefix.replace(': ', ' ')}{verb}, {percent(first)} % to {percent(last)} %"
@@ -179,21 +178,20 @@ def _sinks(result: dict) -> str | None:
     scope = main_scope([result])
     sinks = result["scopes"][scope].get("sinks") if scope else None
     share, tokens, border = (number(sinks, key) for key in ("mass_share", "tokens", "border_share"))
-    parts = []
-    if share is not None and tokens is not None:
-        sinks_take = f"{tokens:.1f} sink tokens a sample take {percent(share)} %"
-        parts.append(sinks_take if tokens else "no image token is a sink")
+    take = [f"{tokens:.1f} sink tokens a sample take {percent(share)} %"] if tokens and share is not None else []
     if border is not None:
-        parts.append(f"border cells {'' if parts else 'take '}{percent(border)} %")
-    if not parts:
+        take.append(f"border cells {'' if take else 'take '}{percent(border)} %")
+    said = ["no image token is a sink"] if tokens == 0 else []
+    said += [f"of the attention to the image, {', '.join(take)}"] if take else []
+    if not said:
         return None
     whole = number(result, "scopes", scope, "head_mean")
-    without = [
-        (words, number(sinks, key)) for words, key in (("sinks", "head_mean"), ("border", "no_border_head_mean"))
-    ]
+    without = [("sinks", number(sinks, "head_mean") if tokens else None)]
+    without += [("border", number(sinks, "no_border_head_mean"))]
     known = [f"{digits(value)} without {words}" for words, value in without if value is not None]
-    effect = f"; head-averaged VAS {digits(whole)}, {', '.join(known)}" if whole is not None and known else ""
-    return f"of the attention to the image ({SCOPES[scope]}), {', '.join(parts)}{effect}."
+    if whole is not None and known:
+        said.append(f"head-averaged VAS {digits(whole)}, {', '.join(known)}")
+    return f"in the {SCOPES[scope]}, {'; '.join(said)}."
 
 
 def _failed(prefix: str, result: dict) -> str | None:
@@ -202,7 +200,7 @@ def _failed(prefix: str, result: dict) -> str | None:
         return None
     (reason, count), *others = Counter(" ".join(str(row["reason"]).split()) for row in failed).most_common()
     reason = reason if len(reason) <= 160 else reason[:160].rstrip() + " …"
-    most = f", most often ({count}×)" if others else ", all" if count > 1 else ""
+    most = f", most often ({count}×)" if others and count > 1 else ", for example" if others else ", all" * (count > 1)
     planned = result.get("planned") or result["samples"] + len(failed)
     return f"{prefix}{len(failed)} of {planned} rows failed{most}: {reason.rstrip('.')}."
 
