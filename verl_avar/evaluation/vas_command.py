@@ -27,7 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layers", type=layer_list, metavar="LIST", help="layers to measure, such as 0,4,8-11 (default: all)"
     )
     parser.add_argument(
-        "--pictures", type=count, metavar="N", default=4, help="samples whose response is followed over the image"
+        "--pictures",
+        type=count,
+        metavar="N",
+        default=4,
+        help="rows whose response is followed over the image, chosen before they are measured (default: 4)",
     )
     parser.add_argument(
         "--sink-share",

@@ -23,7 +23,7 @@ from verl_avar.evaluation.checkpoint import Checkpoint
 from verl_avar.evaluation.heatmap import Places, border, by_piece, heatmap, places, sentences
 from verl_avar.evaluation.images import open_images
 from verl_avar.evaluation.isolation import isolated
-from verl_avar.evaluation.measure import SCOPES, Measured, measure
+from verl_avar.evaluation.measure import Measured, measure
 from verl_avar.evaluation.partial import write_parquet
 from verl_avar.evaluation.rows import Row
 from verl_avar.report import HeatmapSample
@@ -201,6 +201,3 @@ def check_model(checkpoint: Checkpoint, layers: Sequence[int] | None = None) -> 
     with torch.no_grad(), probe(roles, layers=only, of=(Role.USER,)) as record:
         checkpoint.model(input_ids=ids, attention_mask=torch.ones_like(ids))
     record.mass(Role.USER)
-
-
-__all__ = ["SCOPES", "Outcome", "Settings", "check_model", "measure_rows", "measured", "overlays"]
