@@ -135,7 +135,7 @@ def finish(checkpoint, arguments, rows, settings, outcome, out: Path) -> tuple[d
         raise ValueError(f"none of {len(rows)} rows could be measured; row {first['row']}: {first['reason']}")
     table = pd.concat(tables, ignore_index=True)
     table = table[table["number"] < len(rows)].sort_values("number", kind="stable")
-    crossed = families.cross_attention_layers(checkpoint.model)
+    crossed = bool(families.cross_attention_layers(checkpoint.model))
     result = {
         "schema": 1,
         "model": arguments.model,
@@ -143,6 +143,7 @@ def finish(checkpoint, arguments, rows, settings, outcome, out: Path) -> tuple[d
         "model_type": checkpoint.model.config.model_type,
         "data": str(arguments.data),
         "dtype": str(checkpoint.model.dtype).removeprefix("torch."),
+        "cross_attention": crossed,
         "layers": [int(layer) for layer in table["layers"].iloc[0]],
         "heads": int(table["heads"].iloc[0]),
         "samples": int(table["number"].nunique()),
@@ -172,7 +173,10 @@ def notes(table, outcome, crossed: bool) -> list[str]:
         )
     without = int(table.drop_duplicates("number")["vas"].isna().sum())
     if without:
-        said.append(f"{without} samples have no system turn, so no VAS; --system TEXT gives them one.")
+        said.append(
+            f"Samples without VAS, for want of a system turn that their queries reach: {without}; --system TEXT gives "
+            "one to rows that have none."
+        )
     if outcome.skipped:
         said.append(f"Rows left out for want of an image: {len(outcome.skipped)}.")
     return said
