@@ -44,7 +44,8 @@ def key_factors(roles: torch.Tensor, visual: float = 0.0, system: float = 0.0) -
 def _column(factors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Factors [B, S] as [B, 1, S, 1] in a kernel's dtype."""
     column = factors[:, None, :, None].to(dtype)
-    if not (torch.isfinite(column) & (column > 0)).all():
+    # The other dtypes hold every factor within ±MAX_BIAS, and the check waits for the device.
+    if dtype == torch.float16 and not (torch.isfinite(column) & (column > 0)).all():
         raise ValueError(f"bias: too large for {dtype}; use a smaller one, or bfloat16 or float32")
     return column
 
@@ -93,7 +94,6 @@ class Effect:
 
         attend: (key, value) -> output and weights of the unbiased kernel; anything but a 4D tensor is no weights.
         """
-        column = _column(self.factors, value.dtype)
         if self.mode == "bias":
             maps = []
 
@@ -104,9 +104,9 @@ class Effect:
 
             under = biased(call, value, self.factors), maps[0]
         elif self.mode == "scale_weights":
-            under = attend(key, value * column)
+            under = attend(key, value * _column(self.factors, value.dtype))
         else:
-            under = attend(key * column, value)
+            under = attend(key * _column(self.factors, key.dtype), value)
         plain = None if self.rows is None else attend(key, value)
         out = self._where(under[0], plain and plain[0], (slice(None), slice(None), None, None))
         return out, self._weights(under[1], plain and plain[1])

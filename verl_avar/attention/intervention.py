@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from verl_avar.attention.bias import MODES, Effect, key_factors
@@ -22,6 +23,7 @@ from verl_avar.attention.positions import QUERIES, Pass, Positions
 
 # Module state, not thread-local: under gradient checkpointing autograd's threads call the attention functions again.
 _biases: list[_Bias] = []
+_SEARCHES = tuple(GenerationMode(name) for name in ("greedy_search", "sample", "beam_search", "beam_sample"))
 
 
 class _Bias:
@@ -154,7 +156,7 @@ def _check_layers(model: nn.Module, layers: Sequence[int] | None) -> None:
             "verl_avar.attention.hf.set_attention(model) first"
         )
     if missing := sorted(set(layers or ()) - have):
-        raise ValueError(f"role_bias: no layers {missing}; {type(model).__name__} has 0 … {max(have)}")
+        raise ValueError(f"role_bias: no layers {missing}; {type(model).__name__} has {sorted(have)}")
 
 
 def generate_with_bias(**options: Any) -> Callable:
@@ -167,14 +169,12 @@ def generate_with_bias(**options: Any) -> Callable:
 
     def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
         search = generation_config.get_generation_mode()
-        method = getattr(type(model), GENERATION_MODES_MAPPING[search], None)
-        if method is None or GENERATION_MODES_MAPPING[search] not in ("_sample", "_beam_search"):
+        if search not in _SEARCHES:
             raise ValueError(
                 f"generate_with_bias: {search.name.lower()} is not supported; open role_bias around generate instead"
             )
         with role_bias(model, **options):
-            return method(
-                model,
+            return getattr(model, GENERATION_MODES_MAPPING[search])(
                 input_ids,
                 logits_processor=logits_processor,
                 stopping_criteria=stopping_criteria,

@@ -135,8 +135,10 @@ def flex_attention(module, query, *args, **options):
     return flex_attention_forward(module, query, *args, **options)
 
 
-def eager_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, **kwargs):
+def eager_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, **options):
     """Attention by the full map, kept for reference: returns the output [B, T, H, D] and the weights [B, H, T, S]."""
+    if options.get("s_aux") is not None:
+        raise ValueError(f"avar_eager: {type(module).__name__} has attention sinks, which this attention does not know")
     groups = query.shape[1] // key.shape[1]
     logits = query @ repeat_kv(key, groups).transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)
     if softcap is not None:
