@@ -2,6 +2,8 @@
 
 import torch
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     MllamaForCausalLM,
@@ -59,6 +61,13 @@ def gemma(**text):
         mm_tokens_per_image=4,
     )
     return Gemma3ForConditionalGeneration(config)
+
+
+def gemma2(**text):
+    """Gemma 2, text alone: logits are capped by a tanh."""
+    sizes = {"num_hidden_layers": 2, "head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8}
+    ids = {"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2}
+    return Gemma2ForCausalLM(Gemma2Config(**TEXT, **sizes, **ids, initializer_range=0.6, **text))
 
 
 def mllama(**text):

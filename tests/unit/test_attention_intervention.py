@@ -134,6 +134,24 @@ def test_a_whole_sequence_equals_the_formula(model, prompts, mode, queries):
         assert_close(record.mass(role).transpose(2, 3)[:, real], masses[..., column].transpose(2, 3)[:, real], ...)
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_the_last_real_token_of_a_right_padded_prompt_produces_a_response(model, prompts, given):
+    inputs, roles = prompts
+    ids, roles = inputs["input_ids"].clone(), roles.clone()
+    ids[1], roles[1] = ids[1].roll(-5), roles[1].roll(-5)
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+    inputs, roles = {"input_ids": ids[1:2], "attention_mask": mask[1:2]}, roles[1:2]
+    selected = torch.zeros_like(roles, dtype=torch.bool)
+    selected[0, 8] = True
+    logits, _ = oracle(model, inputs, roles, selected, system=0.0)
+    bias = {"visual": VISUAL, "queries": "response", "roles": roles if given else None}
+    with torch.no_grad(), hf.role_bias(model, **bias):
+        ours = model(**inputs, use_cache=True).logits
+    assert_close(ours, logits, inputs["attention_mask"].bool())
+    assert (ours - model(**inputs).logits)[0, 8].abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("implementation", ["avar_eager", "avar_flex_attention"])
 @pytest.mark.parametrize("mode", MODES)
 def test_every_implementation_equals_the_formula(gemma_model, prompts, mode, implementation):

@@ -1,10 +1,12 @@
 """The attention to each visual token that a probe hands over, against eager attention maps."""
 
 from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
-from attention_models import gemma, made, mllama, prompt_batch, qwen
+from attention_models import gemma, gemma2, made, mllama, prompt_batch, qwen
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from verl_avar.attention import hf, kernels, reference, visual
 from verl_avar.attention.mass import MASS_ROLES
@@ -144,6 +146,7 @@ def test_queries_that_see_no_visual_token_get_zeros(qwen_model, prompts):
 def test_what_flash_attention_sees(qwen_model, prompts, padded, window, monkeypatch):
     """No CUDA here: transformers' flash function is stood in for by the formula; visibility is worked out for it."""
     inputs, roles = prompts
+    inputs["attention_mask"][0, 5] = 0  # hides a visual token
     inputs = inputs if padded else {"input_ids": inputs["input_ids"]}
     asked = inputs.get("attention_mask", torch.ones_like(roles)).bool()
     maps = []
@@ -177,19 +180,53 @@ def test_what_flash_attention_sees(qwen_model, prompts, padded, window, monkeypa
 
 
 def test_softcapped_logits(prompts):
-    """Gemma's kernels cap the logits but for sdpa, which transformers leaves uncapped."""
-    model = made(gemma, attn_logit_softcapping=2.0)
+    """All of transformers' kernels cap them but sdpa, which leaves them as they are."""
+    model = made(gemma2, attn_logit_softcapping=1.0)
     inputs, roles = prompts
     asked = inputs["attention_mask"].bool()
-    model.set_attn_implementation("eager")
-    with torch.no_grad():
-        maps = model(**inputs, output_attentions=True).attentions
-    for implementation in ("avar_eager", "avar_flex_attention"):
+    maps = {}
+    for cap in (1.0, None):
+        for layer in model.model.layers:
+            layer.self_attn.attn_logit_softcapping = cap
+        model.set_attn_implementation("eager")
+        with torch.no_grad():
+            maps[cap] = model(**inputs, output_attentions=True).attentions
+    assert (maps[1.0][0] - maps[None][0]).abs().max() > 0.05
+    for layer in model.model.layers:
+        layer.self_attn.attn_logit_softcapping = 1.0
+    for implementation, cap in (("avar_eager", 1.0), ("avar_flex_attention", 1.0), ("avar_sdpa", None)):
         collected = Collected()
         hf.set_attention(model, implementation)
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), hf.probe(roles, asked, visual=collected):
             model(**inputs)
-        assert_handed_over(collected, maps, roles, asked)
+        assert_handed_over(collected, maps[cap], roles, asked)
+
+
+def test_blocks_are_handed_over_once_under_gradient_checkpointing(qwen_model, prompts):
+    inputs, roles = prompts
+    collected = Collected()
+    qwen_model.train()
+    qwen_model.gradient_checkpointing_enable({"use_reentrant": False})
+    with hf.probe(roles, visual=collected):
+        qwen_model(**inputs, use_cache=False).logits.sum().backward()
+    qwen_model.gradient_checkpointing_disable()
+    qwen_model.eval()
+    assert all(len(parts) == 1 for parts in collected.parts.values())
+    assert not collected[0, 0][1].requires_grad and not collected[0, 0][2].requires_grad
+
+
+@pytest.mark.parametrize("implementation,causal", [("avar_eager", False), ("avar_sdpa", True)])
+def test_a_call_without_a_mask(implementation, causal):
+    """transformers' eager attention sees everything without a mask, sdpa what came before."""
+    query, key, value = torch.randn(3, 1, 4, 6, 8, generator=torch.Generator().manual_seed(0))
+    roles = torch.tensor([[1, 2, 3, 2, 3, 2]], dtype=torch.uint8)
+    collected = Collected()
+    with hf.probe(roles, visual=collected):
+        module = SimpleNamespace(layer_idx=0, training=False)
+        out, _ = ALL_ATTENTION_FUNCTIONS[implementation](module, query, key, value, None)
+    weights = reference.attention_map(query, key, causal=causal)
+    torch.testing.assert_close(out.transpose(1, 2), weights @ value, atol=1e-5, rtol=1e-5)
+    assert_handed_over(collected, [weights], roles, torch.ones_like(roles, dtype=torch.bool))
 
 
 def vision(batch, tokens=5, masked=True):
