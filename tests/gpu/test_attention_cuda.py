@@ -9,6 +9,7 @@ from verl_avar.attention import reference
 from verl_avar.attention.mass import MASS_ROLES, role_mass
 
 pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
 
 
 def random_qkr(dtype, t=257, heads=8, kv_heads=2, dim=128):
@@ -50,3 +51,34 @@ def test_flash_attention_2_reports_the_masses_of_eager(tmp_path):
             model(input_ids=ids)
         masses[name] = record.mass(Role.VISUAL)
     torch.testing.assert_close(masses["avar_flash_attention_2"], masses["avar_eager"], atol=2e-2, rtol=5e-2)
+
+
+def test_compiled_flex_attention_under_probe_and_role_bias():
+    """Compiled even under role_bias, which turns other compiled code off: uncompiled it would hold the map."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    from verl_avar.attention.hf import probe, role_bias, set_attention
+    from verl_avar.roles import Role
+
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=200, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, sliding_window=40, initializer_range=0.2,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    model = Gemma3ForCausalLM(config).to(DEVICE).eval()
+    ids = torch.randint(3, 200, (2, 160), device=DEVICE)
+    mask = torch.ones_like(ids)
+    mask[0, :30] = 0
+    roles = torch.randint(1, 5, ids.shape, device=DEVICE).to(torch.uint8) * mask.to(torch.uint8)
+    results = {}
+    for name in ("avar_eager", "avar_flex_attention"):
+        set_attention(model, name)
+        with torch.no_grad(), probe(roles) as plain:
+            model(input_ids=ids, attention_mask=mask)
+        with torch.no_grad(), probe(roles) as biased, role_bias(model, visual=1.0, system=-1.0, roles=roles):
+            logits = model(input_ids=ids, attention_mask=mask).logits
+        masses = (record.mass(Role.VISUAL).transpose(2, 3)[:, mask.bool()] for record in (plain, biased))
+        results[name] = (*masses, logits[mask.bool()])
+    for ours, theirs in zip(*results.values(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-2, rtol=1e-2)
