@@ -84,7 +84,7 @@ def test_broken_rows_say_why_and_keep_their_place(tmp_path, picture):
     for problem, words in zip(
         problems,
         (
-            "line 1 is no JSON",
+            "line 1 is no JSON in UTF-8",
             "no question",
             "1 image places in the conversation, 0 images",
             "a role and a content",
@@ -98,6 +98,51 @@ def test_broken_rows_say_why_and_keep_their_place(tmp_path, picture):
     ):
         assert words in problem
     assert problems[-1] is None and len(problems) == 10
+
+
+def test_values_of_the_wrong_kind_are_named(tmp_path, picture):
+    def messages(content):
+        return {"messages": [{"role": "user", "content": content}], "image": picture}
+
+    cases = (
+        ({"question": 5, "image": picture}, "column question: expected text, got int"),
+        ({"question": "  ", "image": picture}, "no question"),
+        ({"question": "?", "image": picture, "response": 5}, "column response: expected text, got int"),
+        ({"question": "?", "image": {"bytes": "aGk="}}, "an image's bytes must be bytes, got str"),
+        ({"question": "?", "image": {"path": None}}, "a path or bytes, got NoneType"),
+        ({"messages": {"role": "user"}, "image": picture}, "messages must be a list, got dict"),
+        (messages(5), "content must be a text or a list of parts, got int"),
+        (messages(["<image>"]), "a content part must be an object with a type, got str"),
+        (messages([{"type": "image"}, {"type": "text"}]), "type text without a text"),
+    )
+    path = jsonl(tmp_path, *(row for row, _ in cases))
+    for row, (_, words) in zip(read_rows(path), cases, strict=True):
+        assert words in row.problem
+    (tmp_path / "latin.jsonl").write_bytes('{"question": "café"}\n'.encode("latin1"))
+    assert "line 1 is no JSON in UTF-8" in read_rows(tmp_path / "latin.jsonl")[0].problem
+
+
+def test_what_a_row_does_not_need_may_be_of_any_kind(tmp_path, picture):
+    extras = ({"id": None}, {"extra_info": "x"}, {"reward_model": "rule"}, {"answer": ["a", "b"]}, {"videos": []})
+    path = jsonl(tmp_path, *({"question": "?", "image": picture} | extra for extra in extras))
+    rows = read_rows(path)
+    assert not any(row.problem for row in rows) and [row.id for row in rows] == ["0", "1", "2", "3", "4"]
+    assert all(row.answer is None for row in rows)  # a list is no answer that a response could equal
+
+
+def test_images_may_stand_in_the_content_parts(tmp_path, picture):
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "Colour?"}]
+    (row,) = read_rows(jsonl(tmp_path, {"messages": [{"role": "user", "content": content}]}))
+    assert row.images == [{"path": str(tmp_path / "a.png")}] and row.question == "Colour?"
+
+
+def test_the_assistants_last_message_is_the_response_as_it_is(tmp_path, picture):
+    user, said = {"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "in <image> I see"}
+    parts = {"role": "assistant", "content": [{"type": "image"}, {"type": "text", "text": "here"}]}
+    path = jsonl(tmp_path, *({"messages": [user, last], "image": picture} for last in (said, parts)))
+    text, image = read_rows(path)
+    assert text.response == "in <image> I see" and len(text.messages) == 1
+    assert image.problem == "an image in the assistant's answer"
 
 
 def test_a_text_only_row_is_a_row_without_images(tmp_path):

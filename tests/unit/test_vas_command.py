@@ -16,6 +16,7 @@ from verl_avar.evaluation.answer import answer, answer_masses, given
 from verl_avar.evaluation.checkpoint import load_checkpoint
 from verl_avar.evaluation.heatmap import rasterise
 from verl_avar.evaluation.measure import measure
+from verl_avar.evaluation.partial import begun
 from verl_avar.evaluation.rows import read_rows
 from verl_avar.evaluation.vas_run import check_model
 from verl_avar.miniature import base_path
@@ -267,7 +268,79 @@ def test_a_model_that_reports_no_masses_is_refused(checkpoint):
 
 def test_a_layer_that_the_model_lacks_is_an_error(tmp_path, data, capsys):
     assert avar_vas("--data", data, "--out", tmp_path / "out", "--layers", "0,77") == 2
-    assert "77" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "--layers 77: the attention layers of Qwen2_5" in (err := capsys.readouterr().err) and "are 0, 1, 2" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_is_not_whole_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    for name in ("cut", "partial", "foreign"):
+        shutil.copytree(base_path(), tmp_path / name)
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(OSError, match="cut: weights can't be read, perhaps cut off"):
+        load_checkpoint(tmp_path / "cut")
+    tensors = load_file(tmp_path / "partial" / "model.safetensors")
+    del tensors[next(name for name in tensors if "q_proj" in name)]
+    save_file(tensors, tmp_path / "partial" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="1 of the model's weights are not in its files; the first: "):
+        load_checkpoint(tmp_path / "partial")
+    config = json.loads((tmp_path / "foreign" / "config.json").read_text())
+    config |= {"model_type": "foreign", "auto_map": {"AutoConfig": "code.Config"}}
+    (tmp_path / "foreign" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "foreign" / "code.py").write_text("raise SystemExit('was run')")
+    with pytest.raises(ValueError, match="foreign: a model that brings its own code, which is not run here"):
+        load_checkpoint(tmp_path / "foreign")
+    with pytest.raises(OSError, match="a file; a checkpoint is the folder"):
+        load_checkpoint(base_path() / "config.json")
+
+
+def test_the_samples_table_holds_the_texts_of_questions_and_responses(tmp_path, data):
+    out = tmp_path / "out"
+    assert avar_vas("--data", data, "--out", out, "--max-samples", 2) == 0
+    samples = pd.read_parquet(out / "samples.parquet")
+    assert samples["number"].tolist() == [0, 1] and samples["question"].str.contains("[a-z]{3}").all()
+    assert samples["response"].map(lambda text: isinstance(text, str) and len(text) > 0).all()
+
+
+def test_a_given_response_ends_once_and_holds_no_image(checkpoint, rows):
+    def write(text):
+        found = given(checkpoint, [rows[0].messages], [rows[0].images], [text])
+        return found.inputs["input_ids"][0][found.roles[0] == Role.RESPONSE].tolist(), found.texts[0]
+
+    assert write("red") == write("red<|im_end|>")
+    assert write("red")[1] == "red"
+    with pytest.raises(ValueError, match=r"the response holds <\|image_pad\|>"):
+        write("see <|image_pad|>")
+
+
+def test_a_placeholder_in_a_question_is_named(checkpoint, rows):
+    messages = [{"role": "user", "content": "<image>what is <|image_pad|>?"}]
+    with pytest.raises(ValueError, match=r"a text of the prompt holds <\|image_pad\|>"):
+        given(checkpoint, [messages], [rows[0].images], [""])
+
+
+def test_a_run_that_measured_nothing_does_not_hold_its_folder(tmp_path, data):
+    source, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    source.write_text(json.dumps({"question": "What?", "image": "a.png"}))
+    assert avar_vas("--data", source, "--out", out) == 2
+    Image.new("RGB", (84, 84), "red").save(tmp_path / "a.png")
+    source.write_text(json.dumps({"question": "What is it?", "image": "a.png"}))
+    assert avar_vas("--data", source, "--out", out) == 0
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path):
+    out = tmp_path / "out"
+    with begun(out, {"a": 1}):
+        (out / "result").touch()
+        with pytest.raises(ValueError, match="another run is at work in "), begun(out, {"a": 1}):
+            pass
+    with begun(out, {"a": 1}):
+        pass
+    with pytest.raises(ValueError, match="a: 1 there, 2 asked for"), begun(out, {"a": 2}):
+        pass
+    assert json.loads((out / "run.json").read_text()) == {"a": 1}
 
 
 def test_a_token_spreads_its_weight_over_its_box():

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from verl_avar.attention.hf import attention_config
@@ -41,12 +43,19 @@ def load_checkpoint(
     """Loads a Hugging Face checkpoint with an attention implementation that reports masses.
 
     dtype: a torch dtype, or "auto" for the checkpoint's own.
-    Raises OSError where the folder holds no checkpoint, ValueError where transformers knows no vision-language model of
-    its kind or where its template has no determinable roles.
+    Raises OSError where the folder holds no whole checkpoint, ValueError where transformers knows no vision-language
+    model of its kind or where its template has no determinable roles. Code that comes with a checkpoint is never run.
     """
+    if Path(path).is_file():
+        raise NotADirectoryError(f"{path}: a file; a checkpoint is the folder that holds config.json and the weights")
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{path}: a model that brings its own code, which is not run here; transformers "
+                f"{transformers.__version__} knows no such architecture"
+            ) from None
         if Path(path).exists():
             raise
         raise FileNotFoundError(f"{path}: no such folder, and no checkpoint of that name can be had") from error
@@ -55,19 +64,27 @@ def load_checkpoint(
             f"{path}: transformers has no vision-language model for {type(config).__name__}; a text-only model has no "
             "visual attention to measure"
         )
-    processor = AutoProcessor.from_pretrained(path)
+    processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
     if not hasattr(processor, "tokenizer"):
         raise ValueError(f"{path}: no multimodal processor; the folder needs its tokenizer and image processor files")
     template = ChatTemplate.of(processor, config)
     try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention_config(config, implementation)
+        model, loaded = AutoModelForImageTextToText.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation=attention_config(config, implementation),
+            trust_remote_code=False,
+            output_loading_info=True,
         )
+    except SafetensorError as error:
+        raise OSError(f"{path}: weights can't be read, perhaps cut off: {error}") from error
     except ValueError as error:
         if "attention implementation" not in str(error):
             raise
         kind = AutoModelForImageTextToText._model_mapping[type(config)].__name__
         raise ValueError(f"{path}: the attention of {kind} can't be exchanged, so it can't be probed") from error
+    if missing := sorted(loaded["missing_keys"]):  # transformers would go on with random ones
+        raise ValueError(f"{path}: {len(missing)} of the model's weights are not in its files; the first: {missing[0]}")
     processor.tokenizer.padding_side = "left"
     return Checkpoint(model.to(device).eval(), processor, template)
 

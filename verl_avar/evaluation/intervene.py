@@ -105,7 +105,7 @@ def measure(arguments: argparse.Namespace, backend: Backend | None = None) -> tu
     from rich.console import Console
     from rich.progress import track
 
-    from verl_avar.evaluation.partial import begin, fingerprint
+    from verl_avar.evaluation.partial import begun, fingerprint
     from verl_avar.evaluation.rows import read_rows
     from verl_avar.evaluation.sweep import strengths, sweep, usable
 
@@ -132,25 +132,25 @@ def measure(arguments: argparse.Namespace, backend: Backend | None = None) -> tu
     run_tasks = functools.cache(lambda: backend or _transformers(arguments, bias, any(p.visual for p in points)))
     if not (out / "run.json").exists():
         run_tasks()  # what can't be loaded begins nothing
-    begin(out, settings | bias)
     console = Console(stderr=True)
 
     def progress(records, count):
         quiet = not console.is_terminal
         return track(records, "answering", count, console=console, transient=True, disable=quiet)
 
-    records = sweep(points, kept, out, lambda tasks: run_tasks()(tasks), arguments.strict, progress)
-    table = judged(points, kept, records, scorer)
-    results = summarise(table, points, arguments.seed) | {"settings": settings | bias, "rows": len(rows)}
-    results["left_out"] = left_out
-    results["broken"] = [
-        {"point": point.name, "row": row.id, "reason": records[point.key, number]["problem"]}
-        for point in points
-        for number, row in kept
-        if "problem" in records[point.key, number]
-    ]
-    results["notes"] = notes(results, arguments.scorer is None)
-    _write(out, results, table)
+    with begun(out, settings | bias):
+        records = sweep(points, kept, out, lambda tasks: run_tasks()(tasks), arguments.strict, progress)
+        table = judged(points, kept, records, scorer)
+        results = summarise(table, points, arguments.seed) | {"settings": settings | bias, "rows": len(rows)}
+        results["left_out"] = left_out
+        results["broken"] = [
+            {"point": point.name, "row": row.id, "reason": records[point.key, number]["problem"]}
+            for point in points
+            for number, row in kept
+            if "problem" in records[point.key, number]
+        ]
+        results["notes"] = notes(results, arguments.scorer is None)
+        _write(out, results, table)
     return results, out
 
 

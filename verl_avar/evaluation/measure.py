@@ -42,7 +42,8 @@ def measure(
 ) -> list[Measured]:
     """Measures every sample of a batch.
 
-    scope: user, response or both. layers: those to measure, all by default. borders: for each sample, which visual
+    scope: user, response or both. layers: those to measure, all by default; of a cross-attention model its cross-
+    attention layers, beside which it always takes all of self-attention. borders: for each sample, which visual
     tokens lie on the border of their image (bool [V]), where that is known. follow: samples whose response is followed
     token by token over the image.
     """
@@ -58,13 +59,16 @@ def measure(
     )
 
     def visual(layer: int, *block) -> None:
-        if not crossed or layer in crossed:
+        if not crossed or layer in (crossed if layers is None else crossed & set(layers)):
             tokens(layer, *block)
 
     asked = query_mask(roles, "+".join(scopes))
-    with probe(roles, queries=asked, layers=layers, of=ROLES, visual=visual) as record:
+    with probe(roles, queries=asked, layers=None if crossed else layers, of=ROLES, visual=visual) as record:
         checkpoint.model(**answers.inputs, **attention_only(checkpoint.model))
     masses, measured_layers = families.masses(checkpoint.model, record, ROLES)
+    if crossed and layers is not None:
+        kept = [row for row, layer in enumerate(measured_layers) if layer in layers]
+        masses, measured_layers = masses[kept], [measured_layers[row] for row in kept]
     reach = families.reach(checkpoint.model, roles, measured_layers)
     results = []
     for b in range(roles.shape[0]):

@@ -2,36 +2,54 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 
-def begin(out: Path, settings: dict[str, Any]) -> None:
-    """Starts a measurement in `out`, or goes on with the one that is there.
+@contextmanager
+def begun(out: Path, settings: dict[str, Any]) -> Iterator[None]:
+    """Starts a measurement in `out`, or goes on with the one that is there; meanwhile no other run writes there.
 
     settings: what decides the numbers, JSON types. Raises ValueError where `out` holds results of other settings, with
-    what differs.
+    what differs, and where another run is at work in it.
     """
-    file = Path(out) / "run.json"
-    settings = json.loads(json.dumps(settings))
-    if file.exists():
-        try:
-            before = json.loads(file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}: {error}; remove it to start afresh") from None
-        differ = [k for k in sorted(before.keys() | settings.keys()) if before.get(k) != settings.get(k)]
-        if differ:
-            was = "; ".join(f"{k}: {before.get(k)} there, {settings.get(k)} asked for" for k in differ)
-            raise ValueError(f"{out} holds results of another measurement ({was}); choose another --out")
-        return
-    if Path(out).exists() and any(Path(out).iterdir()):
+    path, settings = Path(out) / "run.json", json.loads(json.dumps(settings))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() and any(path.parent.iterdir()):
         raise ValueError(f"{out} is not empty and holds no run.json of a measurement; choose another --out")
-    write_text(file, json.dumps(settings, indent=1, ensure_ascii=False))
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run is at work in {out}; wait for it, or choose another --out") from None
+        if {entry.name for entry in path.parent.iterdir()} > {path.name}:
+            file.seek(0)
+            _same(out, path, file.read(), settings)
+        else:  # there are no results yet
+            file.truncate(0)
+            file.write(json.dumps(settings, indent=1, ensure_ascii=False))
+            file.flush()
+        yield
+
+
+def _same(out: Path, path: Path, text: str, settings: dict) -> None:
+    """Raises ValueError where the results in `out` are of other settings than these."""
+    try:
+        before = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: {error}; remove it to start afresh") from None
+    differ = [k for k in sorted(before.keys() | settings.keys()) if before.get(k) != settings.get(k)]
+    if differ:
+        was = "; ".join(f"{k}: {before.get(k)} there, {settings.get(k)} asked for" for k in differ)
+        raise ValueError(f"{out} holds results of another measurement ({was}); choose another --out")
 
 
 def write_text(path: Path, text: str) -> None:

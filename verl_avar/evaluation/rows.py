@@ -101,7 +101,7 @@ def _records(source: Path, question: str | None) -> Iterator[dict | ValueError]:
                 try:
                     yield json.loads(line.decode("utf-8-sig"))
                 except ValueError as error:  # no UTF-8, or no JSON
-                    yield ValueError(f"line {number} is no JSON: {error}")
+                    yield ValueError(f"line {number} is no JSON in UTF-8: {error}")
     else:
         raise ValueError(f"{source}: expected .parquet, .jsonl or a folder of images")
 

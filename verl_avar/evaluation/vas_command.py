@@ -68,7 +68,7 @@ def measure_checkpoint(arguments: argparse.Namespace, others: list[dict]) -> tup
 
     others: results that the page shows beside these.
     """
-    from verl_avar.evaluation.partial import begin, fingerprint
+    from verl_avar.evaluation.partial import begun, fingerprint
     from verl_avar.evaluation.rows import read_rows
 
     model = model_path(arguments)
@@ -84,38 +84,36 @@ def measure_checkpoint(arguments: argparse.Namespace, others: list[dict]) -> tup
     settings = Settings(arguments.scope, arguments.layers, arguments.max_new_tokens, arguments.sink_share)
     checkpoint = load(arguments)
     check_model(checkpoint, settings.layers)
-    begin(
-        out,
-        {
-            "command": "avar vas",
-            "model": model,
-            "model_files": fingerprint(model),
-            "data": str(arguments.data),
-            "data_files": fingerprint(arguments.data),
-            "question": arguments.question,
-            "system": arguments.system,
-            "dtype": str(checkpoint.model.dtype).removeprefix("torch."),
-            **vars(settings),
-        },
-    )
-
+    decisive = {
+        "command": "avar vas",
+        "model": model,
+        "model_files": fingerprint(model),
+        "data": str(arguments.data),
+        "data_files": fingerprint(arguments.data),
+        "question": arguments.question,
+        "system": arguments.system,
+        "dtype": str(checkpoint.model.dtype).removeprefix("torch."),
+        **vars(settings),
+    }
     console = Console(stderr=True)
 
     def progress(batches):
-        return track(batches, description="measuring", console=console, transient=True)
+        quiet = not console.is_terminal
+        return track(batches, description="measuring", console=console, transient=True, disable=quiet)
 
-    outcome = measure_rows(
-        checkpoint,
-        rows,
-        settings,
-        out / "parts",
-        batch_size=arguments.batch_size,
-        pictures=arguments.pictures,
-        strict=arguments.strict,
-        progress=progress,
-    )
-    result, samples = finish(checkpoint, arguments, rows, settings, outcome, out)
-    render_vas(result, samples, out, others)
+    with begun(out, decisive):
+        outcome = measure_rows(
+            checkpoint,
+            rows,
+            settings,
+            out / "parts",
+            batch_size=arguments.batch_size,
+            pictures=arguments.pictures,
+            strict=arguments.strict,
+            progress=progress,
+        )
+        result, samples = finish(checkpoint, arguments, rows, settings, outcome, out)
+        render_vas(result, samples, out, others)
     return result, out
 
 
@@ -189,7 +187,7 @@ def read_result(path: str | Path) -> dict:
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: not a vas.json: {error}") from None
     if not isinstance(result, dict) or result.get("schema") != 1 or "scopes" not in result:
         raise ValueError(f"{path}: not a vas.json of this version of avar")
     return result

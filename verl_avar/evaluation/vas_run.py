@@ -190,14 +190,21 @@ def overlays(table: pd.DataFrame, rows: Sequence[Row]) -> list[HeatmapSample]:
 
 
 def check_model(checkpoint: Checkpoint, layers: Sequence[int] | None = None) -> None:
-    """Asks the model for the masses of a short text. Raises RuntimeError where it reports none."""
+    """Asks the model for the masses of a short text. Raises RuntimeError where it reports none, ValueError for layers
+    that can't be measured.
+    """
     from verl_avar.attention.hf import probe
 
     ids = checkpoint.tokenizer("a", return_tensors="pt", add_special_tokens=True)["input_ids"].to(
         checkpoint.model.device
     )
     roles = torch.full_like(ids, int(Role.USER), dtype=torch.uint8)
-    only = None if families.cross_attention_layers(checkpoint.model) else layers
-    with torch.no_grad(), probe(roles, layers=only, of=(Role.USER,)) as record:
+    with torch.no_grad(), probe(roles, of=(Role.USER,)) as record:
         checkpoint.model(input_ids=ids, attention_mask=torch.ones_like(ids))
     record.mass(Role.USER)
+    crossed = families.cross_attention_layers(checkpoint.model)
+    known = sorted(crossed or record.layers)
+    if unknown := sorted(set(layers or ()) - set(known)):
+        kind = "cross-attention" if crossed else "attention"
+        listed = ", ".join(map(str, known))
+        raise ValueError(f"--layers {unknown[0]}: the {kind} layers of {type(checkpoint.model).__name__} are {listed}")
