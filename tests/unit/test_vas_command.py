@@ -330,6 +330,15 @@ def test_a_run_that_measured_nothing_does_not_hold_its_folder(tmp_path, data):
     assert avar_vas("--data", source, "--out", out) == 0
 
 
+def test_an_interrupted_run_says_that_it_goes_on(tmp_path, data, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("verl_avar.evaluation.vas_run.measure_rows", interrupted)
+    assert avar_vas("--data", data, "--out", tmp_path / "out") == 130
+    assert capsys.readouterr().err.strip() == "avar vas: interrupted; the same command goes on from here"
+
+
 def test_two_runs_do_not_write_to_one_folder(tmp_path):
     out = tmp_path / "out"
     with begun(out, {"a": 1}):

@@ -83,12 +83,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs `avar intervene`; returns the exit status: 0, 1 where nothing could be compared, 2 for bad input."""
+    """Runs `avar intervene`; returns the exit status: 0, 1 where nothing could be compared, 2 for bad input, 130 if
+    interrupted.
+    """
     try:
         results, out = measure(arguments)
     except (OSError, ValueError, RuntimeError) as error:
         print(f"avar intervene: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("avar intervene: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
     from verl_avar.evaluation.sweep_verdicts import print_sweep
 
     print_sweep(results)

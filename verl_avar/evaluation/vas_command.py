@@ -49,13 +49,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs `avar vas`; returns the exit status: 0, or 2 for bad input and where nothing could be measured."""
+    """Runs `avar vas`; returns the exit status: 0, 2 for bad input and where nothing could be measured, 130 if
+    interrupted.
+    """
     try:
         others = [read_result(path) for path in arguments.compare]
         result, out = measure_checkpoint(arguments, others)
     except (OSError, ValueError, RuntimeError) as error:
         print(f"avar vas: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("avar vas: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
     from verl_avar.report.vas_page import print_vas
 
     print_vas([*others, result])
