@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from verl_avar.attention import reference
-from verl_avar.attention.bias import MAX_BIAS, bias_of, biased, biased_mass, key_factors
+from verl_avar.attention.bias import MAX_BIAS, bias_of, biased, biased_mass, key_factors, scaled
 from verl_avar.attention.mass import MASS_ROLES, output_and_mass, role_mass
 from verl_avar.roles import Role
 
@@ -185,3 +185,22 @@ def test_a_bias_beyond_half_precision_is_refused():
 def test_mass_under_a_bias_needs_the_biased_roles():
     with pytest.raises(ValueError, match="SYSTEM"):
         biased_mass(torch.rand(2, 1), [Role.VISUAL], visual=1.0, system=1.0)
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("beta", [0.01, 0.05, 0.14, -0.51, 1.0, -3.0])
+def test_half_precision_keeps_the_whole_of_a_small_bias(beta, normalised):
+    """Rounded to bfloat16, exp(0.002) is 1 and exp(0.01) is 1.0078: the change itself must not be rounded away."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 8, 64, 64, generator=generator).bfloat16() for _ in range(3))
+    roles = torch.randint(1, 4, (1, 64), generator=generator, dtype=torch.uint8)
+
+    def effect(dtype):
+        def attend(v):
+            return F.scaled_dot_product_attention(query.to(dtype), key.to(dtype), v, is_causal=True)
+
+        under = biased if normalised else scaled
+        return (under(attend, value.to(dtype), key_factors(roles, visual=beta)) - attend(value.to(dtype))).double()
+
+    exact, ours = effect(torch.float64), effect(torch.bfloat16)
+    assert float((exact * ours).sum() / exact.square().sum()) == pytest.approx(1, abs=0.03)

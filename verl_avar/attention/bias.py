@@ -5,6 +5,9 @@ Three modes, exact and in O(T) memory for any kernel, since each is the plain ke
     bias            softmax(QKᵀ + β)·V = softmax(QKᵀ)·(c∘V) / softmax(QKᵀ)·c    weights × c, normalised
     scale_weights   softmax(QKᵀ)·(c∘V)                                          weights × c, not normalised
     scale_logits    softmax(Q(c∘K)ᵀ)·V                                          logits × c
+
+In half precision the first two keep the digits of small β (see `_parts`); scale_logits loses a |β| below about 0.01 in
+the rounding of c∘K.
 """
 
 from __future__ import annotations
@@ -41,6 +44,10 @@ def key_factors(roles: torch.Tensor, visual: float = 0.0, system: float = 0.0) -
     return factors
 
 
+# Half precision rounds a factor near 1 to 1 or to the next number: c − 1 keeps its digits, up to this |β|.
+_SMALL = 0.5
+
+
 def _column(factors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Factors [B, S] as [B, 1, S, 1] in a kernel's dtype."""
     column = factors[:, None, :, None].to(dtype)
@@ -50,17 +57,32 @@ def _column(factors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return column
 
 
+def _parts(factors: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Columns [B, 1, S, 1] whose sum is c, each exact to the dtype's relative precision of c or of c − 1."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return [_column(factors, dtype)]
+    small = factors.log().abs() <= _SMALL
+    change = torch.where(small, factors - 1, 0.0)[:, None, :, None].to(dtype)
+    return [_column(torch.where(small, 1.0, factors), dtype), change]
+
+
+def scaled(attend: Callable[[torch.Tensor], torch.Tensor], value: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """softmax(QKᵀ)·(c∘V): weights × c, not normalised. Arguments as of `biased`."""
+    return sum(attend(value * part).float() for part in _parts(factors, value.dtype)).to(value.dtype)
+
+
 def biased(attend: Callable[[torch.Tensor], torch.Tensor], value: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     """Attention output under a key bias.
 
     attend: values [B, H_kv, S, D] -> output with D last, the unbiased kernel. factors: [B, S], from `key_factors`.
     """
-    scaled = _column(factors, value.dtype)
+    parts = _parts(factors, value.dtype)
+    weighted = sum(attend(value * part).float() for part in parts)
     # The same kernel wants the same head size, so the normaliser travels in the first of D columns.
-    column = F.pad(scaled, (0, value.shape[-1] - 1))
-    normaliser = attend(column.expand(-1, value.shape[1], -1, -1))[..., :1]
+    columns = F.pad(torch.cat(parts, dim=-1), (0, value.shape[-1] - len(parts)))
+    normaliser = attend(columns.expand(-1, value.shape[1], -1, -1)).float()[..., : len(parts)].sum(-1, keepdim=True)
     # Zero only for a query that sees no key: its output is 0, as the unbiased kernel's is.
-    return attend(value * scaled) / normaliser.masked_fill(normaliser == 0, 1)
+    return (weighted / normaliser.masked_fill(normaliser == 0, 1)).to(value.dtype)
 
 
 def biased_mass(mass: torch.Tensor, of: Sequence[Role], visual: float = 0.0, system: float = 0.0) -> torch.Tensor:
@@ -94,17 +116,17 @@ class Effect:
 
         attend: (key, value) -> output and weights of the unbiased kernel; anything but a 4D tensor is no weights.
         """
+        maps = []
+
+        def call(values):
+            out, weights = attend(key, values)
+            maps.append(weights)
+            return out
+
         if self.mode == "bias":
-            maps = []
-
-            def call(values):
-                out, weights = attend(key, values)
-                maps.append(weights)
-                return out
-
             under = biased(call, value, self.factors), maps[0]
         elif self.mode == "scale_weights":
-            under = attend(key, value * _column(self.factors, value.dtype))
+            under = scaled(call, value, self.factors), maps[0]
         else:
             under = attend(key * _column(self.factors, key.dtype), value)
         plain = None if self.rows is None else attend(key, value)
