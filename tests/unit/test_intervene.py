@@ -205,7 +205,6 @@ def test_other_settings_in_the_same_folder_are_an_error_that_names_them(data, tm
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--backend", "vllm"], "--backend vllm is not there yet"),
         (["--beta", 0], "the only point is the baseline"),
         (["--scorer", "nowhere.py"], "no file nowhere.py"),
         (["--scorer-option", "a=1"], "--scorer-option needs --scorer"),

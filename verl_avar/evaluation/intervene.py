@@ -66,7 +66,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     points.add_argument(
         "--layers", type=layer_list, metavar="LIST", help="layers to bias, such as 0,4,8-11 (default: all)"
     )
-    parser.add_argument("--backend", choices=("transformers", "vllm"), default="transformers")
     parser.add_argument(
         "--scorer",
         metavar="FILE.py[:FUNCTION]",
@@ -104,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
 def measure(arguments: argparse.Namespace, backend: Backend | None = None) -> tuple[dict, Path]:
     """Runs what is missing of the sweep and writes its results: (intervene.json, folder).
 
-    backend: runs the tasks; by default the one that the options name, loaded only where something is missing.
+    backend: runs the tasks; by default transformers, loaded only where something is missing.
     Raises OSError, ValueError or RuntimeError, with one line that says what is wrong.
     """
     from rich.console import Console
@@ -114,8 +113,6 @@ def measure(arguments: argparse.Namespace, backend: Backend | None = None) -> tu
     from verl_avar.evaluation.rows import read_rows
     from verl_avar.evaluation.sweep import strengths, sweep, usable
 
-    if arguments.backend == "vllm":
-        raise ValueError("--backend vllm is not there yet; use --backend transformers")
     points = strengths(arguments.beta, arguments.system_beta, arguments.alpha_img, arguments.alpha_sys)
     scorer = _scorer(arguments)
     rows = read_rows(arguments.data, arguments.question, arguments.system, arguments.max_samples)
@@ -131,7 +128,10 @@ def measure(arguments: argparse.Namespace, backend: Backend | None = None) -> tu
         "model_files": fingerprint(model),
         "data": str(arguments.data),
         "data_files": fingerprint(arguments.data),
-    } | {name: getattr(arguments, name) for name in ("question", "system", "max_new_tokens", "backend")}
+        "question": arguments.question,
+        "system": arguments.system,
+        "max_new_tokens": arguments.max_new_tokens,
+    }
     settings["dtype"] = placement(arguments)[1]
     bias = {"layers": arguments.layers, "queries": arguments.queries, "mode": arguments.mode}
     run_tasks = functools.cache(lambda: backend or _transformers(arguments, bias, any(p.visual for p in points)))
