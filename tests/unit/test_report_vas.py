@@ -174,6 +174,8 @@ def test_failures_of_different_reasons_are_told_by_one(result):
 def test_an_interval_that_reaches_another_class_says_so(result):
     result["scopes"]["user"] |= {"vas": 9.5, "interval": [8.5, 10.5]}
     assert "9.50 (95 %: 8.50–10.5), narrow, and perhaps wide." in said(result)
+    result["scopes"]["user"] |= {"vas": 19.0, "interval": [4.8, 39.0], "class": "panoramic"}
+    assert "19.0 (95 %: 4.80–39.0), panoramic, and perhaps narrow or wide." in said(result)
 
 
 @pytest.mark.parametrize(("last", "verb"), [(0.205, "holds"), (0.1, "falls"), (0.3, "rises")])
@@ -281,12 +283,34 @@ def test_results_on_different_rows_are_not_compared_in_silence(result):
     assert "same rows" not in said(result, copy.deepcopy(result))
 
 
+def test_results_over_different_layers_are_not_compared_in_silence(result):
+    text = said(result, make_vas(2))
+    assert "Not measured over the same layers, which may make a difference of its own: Tiny-VL (1) 4, Tiny-" in text
+    other = make_vas(2) | {"model_type": "gemma3"}
+    assert "same layers" not in said(result, other) + said(result, copy.deepcopy(result))
+
+
+def test_a_note_says_whose_it_is_unless_it_is_of_all(result):
+    other = copy.deepcopy(result) | {"model": "models/AVAR"}
+    assert "• A note on <this> run." in printed([result, other])
+    other["notes"] = ["Rows left out: 3."]
+    text = printed([result, other])
+    assert "• Tiny-VL: A note on <this> run." in text and "• AVAR: Rows left out: 3." in text
+
+
+def test_a_page_leaves_no_figures_of_an_earlier_one(result, tmp_path):
+    render_vas(result, [make_sample(), make_sample()], tmp_path)
+    render_vas(result, [make_sample()], tmp_path)
+    assert [path.name for path in sorted((tmp_path / "figures").glob("heatmap*"))] == ["heatmap_1.png"]
+
+
 @pytest.mark.parametrize(
     ("spoil", "named"),
     [
         (lambda r: r.update(schema=2), "schema 2"),
         (lambda r: r.pop("layers"), "layers"),
         (lambda r: r["scopes"].update(visual={}), "scopes.visual"),
+        (lambda r: r["scopes"].update(user="x"), "scopes.user"),
         (lambda r: r["scopes"]["user"]["by_head"].update(vas=[[1.0]]), "scopes.user.by_head.vas"),
         (lambda r: r["scopes"]["user"]["by_layer"].update(system=[1.0]), "scopes.user.by_layer.system"),
     ],

@@ -189,10 +189,13 @@ def read_result(path: str | Path) -> dict:
     """`vas.json` of a finished run, by its file or folder. Raises OSError or ValueError, with the path."""
     path = Path(path)
     path = path / "vas.json" if path.is_dir() else path
+    from verl_avar.report.vas_results import check_vas
+
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not a vas.json: {error}") from None
-    if not isinstance(result, dict) or result.get("schema") != 1 or "scopes" not in result:
-        raise ValueError(f"{path}: not a vas.json of this version of avar")
+        if not isinstance(result, dict):
+            raise ValueError("no object with a schema")
+        check_vas(result)
+    except ValueError as error:  # no UTF-8, no JSON, or another schema
+        raise ValueError(f"{path}: not a vas.json of this version of avar: {error}") from None
     return result

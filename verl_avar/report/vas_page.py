@@ -41,6 +41,8 @@ def render_vas(result: dict, overlays: "Sequence[HeatmapSample]", out: Path, oth
         "by_position": vas_figures.by_position(results, names),
     }
     folder = Path(out) / "figures"
+    for stale in folder.glob("*.png"):  # an earlier page may have had more samples
+        stale.unlink()
     embedded = save_figures(drawn, folder)
     save_figures({f"heatmap_{n}": heatmap_sheet(sample) for n, sample in enumerate(overlays, start=1)}, folder)
     return write_page(
@@ -50,7 +52,7 @@ def render_vas(result: dict, overlays: "Sequence[HeatmapSample]", out: Path, oth
         data=result.get("data"),
         extent=extent(result),
         verdicts=vas_verdicts(results, names),
-        notes=worth_naming(results),
+        notes=worth_naming(results, names),
         heads=heads,
         body=body,
         figures=embedded,

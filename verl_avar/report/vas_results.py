@@ -40,7 +40,7 @@ def check_vas(result: dict) -> None:
         raise ValueError(f"vas.json has no '{min(missing)}'")
     shape = (len(result["layers"]), result["heads"])
     for name, scope in result["scopes"].items():
-        if name not in SCOPES:
+        if name not in SCOPES or not isinstance(scope, dict):
             raise ValueError(f"vas.json: scopes.{name} is none of {', '.join(SCOPES)}")
         for key, values in (scope.get("by_head") or {}).items():
             if values is not None and np.shape(values) != shape:

@@ -180,7 +180,7 @@ def print_vas(results: Sequence[dict], names: Sequence[str] | None = None, conso
     console = console or Console()
     fits = 1 + max(1, (console.width - FIRST) // OTHER)
     (_print_columns if len(results) <= fits else _print_overview)(results, names, console)
-    for line in [*vas_verdicts(results, names), *worth_naming(results)]:
+    for line in [*vas_verdicts(results, names), *worth_naming(results, names)]:
         console.print(f"• {line}", highlight=False, markup=False)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from verl_avar.report.results import digits, number, percent
 from verl_avar.report.vas_results import SCOPES, between, interval_text, main_scope, series
 from verl_avar.report.verdicts import EXPLODED, masses_change
-from verl_avar.vas import vas_class
+from verl_avar.vas import CLASSES, vas_class
 
 SAME = 0.1  # relative change of the image's mass along a response that is still called steady
 FEW = 0.02  # share of the heads that make half of the paper's mean, up to which they are said to decide it
@@ -20,7 +20,7 @@ def vas_verdicts(results: Sequence[dict], names: Sequence[str]) -> list[str]:
     named = [(f"{name}: " if len(results) > 1 else "", result) for name, result in zip(names, results, strict=True)]
     lines = [_looks(prefix, result) for prefix, result in named]
     lines += [_change(names[0], results[0], *other) for other in zip(names[1:], results[1:], strict=True)]
-    lines += [_other_rows(names, results)]
+    lines += [_other_rows(names, results), _other_layers(names, results)]
     if len(results) == 1:
         lines += [_layers(results[0]), _sinks(results[0])]
     lines += [_decay(named), _dominated(names, results)]
@@ -55,8 +55,10 @@ def _classed(scope: dict) -> str:
     words = digits(number(scope, "vas")) + (f" (95 %: {interval_text(ends)})" if ends else "")
     if not scope.get("class"):
         return words
-    reached = {vas_class(end) for end in ends or ()} - {scope["class"]}
-    return f"{words}, {scope['class']}" + (f", and perhaps {' or '.join(sorted(reached))}" if reached else "")
+    order = [name for _, name in CLASSES]
+    first, last = (order.index(vas_class(end)) for end in ends or 2 * [scope["vas"]])
+    others = [name for name in order[first : last + 1] if name != scope["class"]]
+    return f"{words}, {scope['class']}" + (f", and perhaps {' or '.join(others)}" if others else "")
 
 
 def _change(name: str, first: dict, other_name: str, other: dict) -> str | None:
@@ -90,6 +92,15 @@ def _other_rows(names: Sequence[str], results: Sequence[dict]) -> str | None:
         return None
     listed = ", ".join(f"{name} {samples} rows of {data}" for name, (samples, data) in measured.items())
     return f"Not measured on the same rows, which may make a difference of its own: {listed}."
+
+
+def _other_layers(names: Sequence[str], results: Sequence[dict]) -> str | None:
+    """A warning where results of one architecture are over different layers."""
+    measured = {(r.get("model_type"), tuple(r["layers"])) for r in results}
+    if len(measured) == len({kind for kind, _ in measured}):
+        return None
+    listed = ", ".join(f"{name} {len(result['layers'])}" for name, result in zip(names, results, strict=True))
+    return f"Not measured over the same layers, which may make a difference of its own: {listed}."
 
 
 def _overlap(ends: list[list[float] | None]) -> str:
@@ -205,6 +216,10 @@ def _failed(prefix: str, result: dict) -> str | None:
     return f"{prefix}{len(failed)} of {planned} rows failed{most}: {reason.rstrip('.')}."
 
 
-def worth_naming(results: Sequence[dict]) -> list[str]:
-    """Notes of the results, each once."""
-    return list(dict.fromkeys(note for result in results for note in result.get("notes") or []))
+def worth_naming(results: Sequence[dict], names: Sequence[str]) -> list[str]:
+    """Notes of the results, each once, and of which results where it is not one of all."""
+    of: dict[str, list[str]] = {}
+    for name, result in zip(names, results, strict=True):
+        for note in result.get("notes") or []:
+            of.setdefault(note, []).append(name)
+    return [note if len(who) == len(results) else f"{', '.join(who)}: {note}" for note, who in of.items()]
