@@ -113,8 +113,20 @@ def test_pairs_are_matched_by_sample_not_by_place():
 
 def test_nothing_measured_is_none_everywhere():
     base, biased = both([1, 0], [1, 0], head_mean=math.nan, vas=math.nan)
-    assert biased["head_mean"] == {"value": None, "interval": None, "difference": None, "difference_interval": None}
+    assert biased["head_mean"] == dict.fromkeys(("value", "interval", "difference", "difference_interval")) | {
+        "clear": False
+    }
     assert base["head_mean"]["value"] == 1
+
+
+@pytest.mark.parametrize(("samples", "clear"), [(5, False), (6, True)])
+def test_a_change_of_all_samples_alike_is_clear_from_six_on(samples, clear):
+    points = named(both([1] * samples, [0] * samples, well_formed=False))
+    figure = points[1]["format"]
+    assert figure["difference"] == -1 and figure["difference_interval"] is None
+    assert figure["clear"] == clear and not points[1]["tokens"]["clear"]
+    said = " ".join(verdicts(points))
+    assert ("format rate of responses changed at 1 of 1 points, most at β 1: -100.0 points." in said) == clear
 
 
 def test_bootstrap_is_seeded_paired_and_agrees_with_a_plain_one():

@@ -61,6 +61,7 @@ def figure_of(value, difference=None, half=0.05) -> dict:
         "interval": None if value is None else [value - half, value + half],
         "difference": difference,
         "difference_interval": None if difference is None else [difference - half, difference + half],
+        "clear": difference is not None and abs(difference) > half,
     }
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 RESAMPLES = 2000
+FEWEST = 6  # changes: where all 5 of 5 go one way, an exact sign test's p is still 0.0625
 BATCH = 1_000_000  # drawn values held at a time, of each array
 PROPORTIONS = {"accuracy": "right", "format": "well_formed"}
 # Every response counts by its queries in attention figures, as in `avar vas`.
@@ -26,9 +27,10 @@ def compare(
 
     Each is {"point", "samples", "cut", "pairs"} and the figures accuracy, format, tokens, vas, head_mean, visual and
     system: `pairs` counts the samples that the baseline has too, `cut` the responses that hit the limit. A figure is
-    {"value", "interval", "difference", "difference_interval"}, None where nothing was measured; accuracy has also
-    `gained`, `lost` (answers that became right, wrong), `p` (McNemar's exact test of these) and `p_holm` (corrected for
-    the number of points).
+    {"value", "interval", "difference", "difference_interval"}, None where nothing was measured, and "clear": whether
+    the difference is one beyond chance, by its interval or, where all samples are alike, by their number; accuracy has
+    also `gained`, `lost` (answers that became right, wrong), `p` (McNemar's exact test of these) and `p_holm` (corrected
+    for the number of points).
 
     Intervals are [low, high] at 95 %: Wilson's for proportions, which a bootstrap would call certain at 0 and 1; for
     other means and for all differences the percentile bootstrap over samples, each drawn with both of its measurements.
@@ -70,7 +72,7 @@ def _figure(own, before, after, column: str, weights: str | None, resamples: int
     values, counts = arrays(own)
     measured = np.isfinite(values)
     own_arrays = values[measured], counts[measured]
-    figure = {"value": None, "interval": None, "difference": None, "difference_interval": None}
+    figure = {"value": None, "interval": None, "difference": None, "difference_interval": None, "clear": False}
     if measured.any():
         figure["value"] = float(_mean(*own_arrays))
         if proportion:
@@ -83,7 +85,12 @@ def _figure(own, before, after, column: str, weights: str | None, resamples: int
         if both.any():
             pairs = new[both], new_counts[both], old[both], old_counts[both]
             figure["difference"] = float(_difference(*pairs))
-            figure["difference_interval"] = bootstrap_interval(pairs, _difference, resamples, rng)
+            bounds = bootstrap_interval(pairs, _difference, resamples, rng)
+            figure["difference_interval"] = bounds
+            if bounds is None:  # every sample changed alike, or there is only one
+                figure["clear"] = figure["difference"] != 0 and int(both.sum()) >= FEWEST
+            else:
+                figure["clear"] = bounds[0] > 0 or bounds[1] < 0
     return figure
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from verl_avar.evaluation.paired import FEWEST
+
 LEVEL = 0.05
-FEWEST = 6  # changed answers: if all 5 of 5 go one way, McNemar's exact p is still 0.0625
 
 
 def verdicts(points: Sequence[dict]) -> list[str]:
@@ -38,7 +39,8 @@ def _accuracy(others: Sequence[dict]) -> list[str]:
     ]
     if moved:
         rest = len(others) - len(moved)
-        return lines + ([f"At the other {rest} points no change beyond chance was seen."] if rest else [])
+        others = f"the other {rest} points" if rest > 1 else "the other point"
+        return lines + ([f"At {others} no change beyond chance was seen."] if rest else [])
     changed = max(point["accuracy"]["gained"] + point["accuracy"]["lost"] for point in others)
     counted = "the one point" if len(others) == 1 else f"any of {len(others)} points"
     if changed == 0:
@@ -75,7 +77,7 @@ def _attention(baseline: dict, others: Sequence[dict]) -> list[str]:
     if before is None:
         return ["There is no VAS: no row has a system turn (--system TEXT gives one)."]
     measured = [point for point in others if point["head_mean"]["difference"] is not None]
-    moved = [point for point in measured if _clear(point["head_mean"])]
+    moved = [point for point in measured if point["head_mean"]["clear"]]
     if not moved:
         return ["The head-averaged VAS of the response moved nowhere beyond chance."] if measured else []
     most = max(moved, key=lambda point: abs(point["head_mean"]["difference"]))
@@ -91,7 +93,7 @@ def _attention(baseline: dict, others: Sequence[dict]) -> list[str]:
 def _side_effects(baseline: dict, others: Sequence[dict]) -> list[str]:
     lines = []
     for key, what, scale, unit in (("format", "format rate", 100, "points"), ("tokens", "length", 1, "tokens")):
-        moved = [point for point in others if _clear(point[key])]
+        moved = [point for point in others if point[key]["clear"]]
         if moved:
             most = max(moved, key=lambda point, key=key: abs(point[key]["difference"]))
             figure = most[key]
@@ -104,12 +106,6 @@ def _side_effects(baseline: dict, others: Sequence[dict]) -> list[str]:
         name = max(cut, key=cut.get)
         lines.append(f"Up to {cut[name]} responses at a point ({name}) were cut off at the limit of new tokens.")
     return lines
-
-
-def _clear(figure: dict) -> bool:
-    """Whether the interval of the difference leaves out 0."""
-    bounds = figure["difference_interval"]
-    return bounds is not None and (bounds[0] > 0 or bounds[1] < 0)
 
 
 def print_sweep(results: dict) -> None:

@@ -146,7 +146,7 @@ def intervention_figure(points: Sequence[dict]) -> Figure:
     """The points of a sweep, a row each: accuracy and its change, then VAS, length and format of the responses.
 
     points: as in intervene.json (`evaluation.intervene.summarise`), the baseline first. Bars are 95 % intervals; a full
-    mark says that the interval of the change from the baseline leaves out 0. VAS is head-averaged.
+    mark stands for a change from the baseline that is clear (`evaluation.paired.compare`). VAS is head-averaged.
     """
     height = 1.1 + ROW * len(points)
     figure = Figure(figsize=(WIDTH, 2 * height), dpi=150)
@@ -163,7 +163,7 @@ def intervention_figure(points: Sequence[dict]) -> Figure:
         axes.set_yticks(range(len(points)), names, fontsize=TEXT - 1)
         axes.set_ylim(len(points) - 0.4, -0.7)
     note = (
-        "bars: 95 % intervals; full marks: that of the change leaves out 0",
+        "bars: 95 % intervals; full marks: a change beyond chance",
         "(each for itself, not corrected for number)",
     )
     lower.supxlabel("\n".join(note), fontsize=TEXT - 1)
@@ -182,12 +182,11 @@ def _rows(axes: Axes, points: Sequence[dict], title: str, key: str, factor: floa
             if not (change and row == 0):  # the baseline has no change
                 axes.annotate("–", (0.02, row), xycoords=("axes fraction", "data"), va="center", fontsize=TEXT - 1)
             continue
-        ends, moved = point[key].get(interval), point[key].get("difference_interval")
+        ends = point[key].get(interval)
         if ends is not None:
             axes.plot([factor * ends[0], factor * ends[1]], [row, row], color=BLUE, linewidth=2, solid_capstyle="butt")
-        clear = moved is not None and (moved[0] > 0 or moved[1] < 0)
         colour = BLACK if row == 0 else BLUE
-        face = colour if clear or row == 0 else "white"
+        face = colour if point[key]["clear"] or row == 0 else "white"
         mark = "s" if row == 0 else "o"
         axes.plot(factor * at, row, mark, color=colour, markerfacecolor=face, markersize=7, markeredgewidth=1.8)
         words = f"{factor * at:+.1f}" if change else f"{factor * at:.1f}" if factor == 100 else digits(at)
