@@ -101,7 +101,7 @@ def test_rows_without_image_or_answer_are_left_out_and_named():
     kept, left_out = usable(rows)
     assert [number for number, _ in kept] == [0, 4]
     assert left_out == [
-        {"row": "1", "reason": "no answer"},
+        {"row": "1", "reason": "no answer that is a text or a number"},
         {"row": "2", "reason": "no question"},
         {"row": "3", "reason": "no image"},
     ]
@@ -233,7 +233,7 @@ def test_rows_without_answers_are_an_error_that_counts_them(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"question": "What?", "image": "a.png"}\n' * 2, encoding="utf-8")
     assert intervene.run(options(*words(path, tmp_path / "out"))) == 2
-    assert "2 of 2 rows can't be used; row 0: no answer" in capsys.readouterr().err
+    assert "2 of 2 rows can't be used; row 0: no answer that is a text or a number" in capsys.readouterr().err
 
 
 def test_the_whole_command_on_the_miniature(data, tmp_path, capsys):

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from verl_avar.evaluation.paired import bootstrap_interval, compare, holm, mcnemar, wilson
-from verl_avar.evaluation.sweep_verdicts import verdicts
+from verl_avar.evaluation.sweep_verdicts import print_sweep, verdicts
 
 BASE, BIASED = "0,0", "0.5,0"
 
@@ -209,7 +209,20 @@ def test_verdicts_of_attention_and_side_effects():
     assert any("VAS of the response moved at 1 of 1 points, most at β 1: 1 to 2." in line for line in said)
     assert any(line.startswith("The format rate of responses changed") and "-50.0 points" in line for line in said)
     assert any(line.startswith("The length of responses changed") for line in said)
-    assert any("Up to 4 responses at a point (β 1) were cut off" in line for line in said)
+    assert any("cut off at the limit of new tokens: up to 4 at a point (β 1)" in line for line in said)
+
+
+def test_a_few_samples_move_nothing_for_sure():
+    points = named(both([1, 1, 1], [1, 1, 1], head_mean=[2.0, 2.1, 2.2]))
+    assert points[1]["head_mean"]["difference_interval"][0] > 0 and not points[1]["head_mean"]["clear"]
+    assert "The head-averaged VAS of the response: fewer than 6 samples can't tell." in verdicts(points)
+
+
+def test_names_and_reasons_are_not_taken_for_markup(capsys):
+    points = named(both([1, 1], [1, 1]))
+    print_sweep({"settings": {"model": "a/[b]"}, "points": points, "verdicts": ["row [/x]"], "notes": ["[red]n[/red]"]})
+    out = capsys.readouterr().out
+    assert "inference: [b]" in out and "• row [/x]" in out and "• [red]n[/red]" in out
 
 
 def test_verdicts_without_vas_and_without_pairs():

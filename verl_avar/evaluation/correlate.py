@@ -200,6 +200,7 @@ def _mixed_units(points: Sequence[Point]) -> list[str]:
 
 def _print(points: Sequence[Point], lines: Sequence[str], arguments: argparse.Namespace) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
@@ -207,10 +208,10 @@ def _print(points: Sequence[Point], lines: Sequence[str], arguments: argparse.Na
     for column, side in (("checkpoint", "left"), ("VAS", "right"), ("accuracy", "right"), ("from", "left")):
         table.add_column(column, justify=side, overflow="fold")
     for point in points:
-        table.add_row(point.name, f"{point.vas:#.3g}", f"{point.accuracy:#.3g}", point.source)
+        table.add_row(escape(point.name), f"{point.vas:#.3g}", f"{point.accuracy:#.3g}", escape(point.source))
     console.print(table)
     for line in lines:
-        console.print(f"• {line}", highlight=False)
+        console.print(f"• {line}", highlight=False, markup=False)
 
 
 def _write(folder: Path, points, statistics: dict, lines: Sequence[str], arguments: argparse.Namespace) -> None:

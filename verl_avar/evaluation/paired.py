@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 RESAMPLES = 2000
-FEWEST = 6  # changes: where all 5 of 5 go one way, an exact sign test's p is still 0.0625
+FEWEST = 6  # samples that a change can be told from chance by: if all 5 of 5 go one way, a sign test's p is 0.0625
 BATCH = 1_000_000  # drawn values held at a time, of each array
 PROPORTIONS = {"accuracy": "right", "format": "well_formed"}
 # Every response counts by its queries in attention figures, as in `avar vas`.
@@ -28,9 +28,9 @@ def compare(
     Each is {"point", "samples", "cut", "pairs"} and the figures accuracy, format, tokens, vas, head_mean, visual and
     system: `pairs` counts the samples that the baseline has too, `cut` the responses that hit the limit. A figure is
     {"value", "interval", "difference", "difference_interval"}, None where nothing was measured, and "clear": whether
-    the difference is one beyond chance, by its interval or, where all samples are alike, by their number; accuracy has
-    also `gained`, `lost` (answers that became right, wrong), `p` (McNemar's exact test of these) and `p_holm` (corrected
-    for the number of points).
+    the difference is one beyond chance, over at least FEWEST pairs whose interval leaves out 0, or all of which
+    changed alike. Accuracy has also `gained`, `lost` (answers that became right, wrong), `p` (McNemar's exact test of
+    these) and `p_holm` (corrected for the number of points).
 
     Intervals are [low, high] at 95 %: Wilson's for proportions, which a bootstrap would call certain at 0 and 1; for
     other means and for all differences the percentile bootstrap over samples, each drawn with both of its measurements.
@@ -87,10 +87,8 @@ def _figure(own, before, after, column: str, weights: str | None, resamples: int
             figure["difference"] = float(_difference(*pairs))
             bounds = bootstrap_interval(pairs, _difference, resamples, rng)
             figure["difference_interval"] = bounds
-            if bounds is None:  # every sample changed alike, or there is only one
-                figure["clear"] = figure["difference"] != 0 and int(both.sum()) >= FEWEST
-            else:
-                figure["clear"] = bounds[0] > 0 or bounds[1] < 0
+            apart = figure["difference"] != 0 if bounds is None else bounds[0] > 0 or bounds[1] < 0
+            figure["clear"] = bool(apart) and int(both.sum()) >= FEWEST
     return figure
 
 

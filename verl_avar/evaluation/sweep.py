@@ -89,7 +89,8 @@ def usable(rows: Sequence[Row]) -> tuple[list[tuple[int, Row]], list[dict]]:
     """Rows with an image and a known answer, by number, and {"row", "reason"} of the others."""
     kept, left_out = [], []
     for number, row in enumerate(rows):
-        reason = row.problem or ("no image" if not row.images else "no answer" if not row.answer else None)
+        missing = "no image" if not row.images else "no answer that is a text or a number" if not row.answer else None
+        reason = row.problem or missing
         if reason:
             left_out.append({"row": row.id, "reason": reason})
         else:

@@ -79,7 +79,9 @@ def _attention(baseline: dict, others: Sequence[dict]) -> list[str]:
     measured = [point for point in others if point["head_mean"]["difference"] is not None]
     moved = [point for point in measured if point["head_mean"]["clear"]]
     if not moved:
-        return ["The head-averaged VAS of the response moved nowhere beyond chance."] if measured else []
+        few = max((point["pairs"] for point in measured), default=0) < FEWEST
+        why = f"fewer than {FEWEST} samples can't tell" if few else "it moved nowhere beyond chance"
+        return [f"The head-averaged VAS of the response: {why}."] if measured else []
     most = max(moved, key=lambda point: abs(point["head_mean"]["difference"]))
     visual = (baseline["visual"]["value"], most["visual"]["value"])
     after = most["head_mean"]["value"]
@@ -104,19 +106,20 @@ def _side_effects(baseline: dict, others: Sequence[dict]) -> list[str]:
     cut = {point["name"]: point["cut"] for point in (baseline, *others) if point["cut"]}
     if cut:
         name = max(cut, key=cut.get)
-        lines.append(f"Up to {cut[name]} responses at a point ({name}) were cut off at the limit of new tokens.")
+        lines.append(f"Responses cut off at the limit of new tokens: up to {cut[name]} at a point ({name}).")
     return lines
 
 
 def print_sweep(results: dict) -> None:
     """Prints the table, the verdicts and the notes of intervene.json."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from verl_avar.report.results import digits, percent
 
     console = Console()
-    table = Table(title=f"Intervention at inference: {Path(results['settings']['model']).name}")
+    table = Table(title=f"Intervention at inference: {escape(Path(results['settings']['model']).name)}")
     table.add_column("point", no_wrap=True)
     for column in ("right %", "± points", "p", "VAS", "visual %", "tokens", "format %"):
         table.add_column(column, justify="right")
@@ -140,4 +143,4 @@ def print_sweep(results: dict) -> None:
         highlight=False,
     )
     for line in results["verdicts"] + results["notes"]:
-        console.print(f"• {line}", highlight=False)
+        console.print(f"• {line}", highlight=False, markup=False)
