@@ -22,17 +22,22 @@ CORE = [
     "scipy>=1.15",  # the statistics of avar intervene and avar correlate
 ]
 
-TRAINING = [
-    VERL,
-    "TransferQueue>=0.1.10,<0.2",
-    "hydra-core>=1.3,<1.4",
+# What measuring a checkpoint needs beside torch.
+MODELS = [
     "math-verify[antlr4_9_3]>=0.8",
     "num2words>=0.5.13",  # transformers' processor of SmolVLM does not load without it
+    "transformers>=5.5.3,!=5.6.0,<5.11",
+]
+
+TRAINING = [
+    VERL,
+    *MODELS,
+    "TransferQueue>=0.1.10,<0.2",
+    "hydra-core>=1.3,<1.4",
     "qwen-vl-utils>=0.0.14",
     "ray[default]>=2.50,<3",
     "scikit-learn>=1.5",  # the miniature's handwritten digits
     "tensordict>=0.10,<0.11",
-    "transformers>=5.5.3,!=5.6.0,<5.11",
     "cachetools",
     "uvicorn",
 ]
@@ -50,6 +55,8 @@ EXTRAS = {
         "flash-attn==2.8.3",
     ],
     "megatron": ["megatron-core>=0.16", "mbridge"],
+    # avar vas, intervene and correlate alone, without verl, Ray and vLLM.
+    "vas": [*MODELS, "torch>=2.6", "torchvision"],
     "eval": ["openai>=2.0"],
     "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.14"],
 }
