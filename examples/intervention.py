@@ -1,6 +1,9 @@
 """The training-free intervention: more attention to the image while a model answers (AVAR §2.3, arXiv:2603.03825).
 
 python examples/intervention.py [CHECKPOINT IMAGE QUESTION]      without arguments: the miniature and one of its scenes
+
+Where `generate` is called by other code, an option does the same as the context manager below:
+model.generate(…, custom_generate=generate_with_bias(visual=0.14)), from verl_avar.attention.hf.
 """
 
 import random
