@@ -134,6 +134,19 @@ def test_points_from_vas_json(vas_json):
     assert (named.name, named.vas, named.accuracy, named.source) == ("base", 0.5, 0.4, str(vas_json))
 
 
+def test_a_folder_stands_for_its_vas_json_and_a_name_given_to_avar_vas_is_kept(vas_json):
+    content = json.loads(vas_json.read_text()) | {"name": "AVAR", "cross_attention": True}
+    vas_json.write_text(json.dumps(content))
+    assert read_points([f"{vas_json.parent}=41.5"]) == [Point("AVAR", 8.0, 41.5, str(vas_json), gated=True)]
+
+
+def test_points_of_another_scale_are_pointed_out(vas_json, capsys):
+    content = json.loads(vas_json.read_text()) | {"cross_attention": True}
+    vas_json.write_text(json.dumps(content))
+    assert study.run(options("--published", f"mine:{vas_json}=50")) == 0
+    assert "by cross-attention: mine." in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_path_with_a_colon_is_a_path(vas_json, tmp_path):
     odd = tmp_path / "a:b.json"
     odd.write_bytes(vas_json.read_bytes())
@@ -157,7 +170,8 @@ def test_points_from_csv(vas_json, tmp_path):
         ("name,vas,accuracy\na,high,1\n", "line 2: the VAS 'high' is not a number"),
         ("name,vas,accuracy\na,1,\n", "line 2: the accuracy '' is not a number"),
         ("name,vas,accuracy\na,,1\n", "line 2: neither vas nor vas_json"),
-        ("name,vas,accuracy\na,1\n", "line 2: the accuracy 'None'"),
+        ("name,vas,accuracy\na,1\n", "line 2: no accuracy"),
+        ("name,vas,accuracy\n,1,50\n", "line 2: no name"),
     ],
 )
 def test_bad_csv_is_named_with_its_line(tmp_path, content, says):
@@ -176,9 +190,14 @@ def test_bad_words_are_errors(vas_json):
         read_points([f"{vas_json}=1"], scope="response", measure="median")
     with pytest.raises(FileNotFoundError):
         read_points(["nowhere/vas.json=1"])
-    vas_json.write_text("{", encoding="utf-8")
-    with pytest.raises(ValueError, match="is not JSON"):
-        read_points([f"{vas_json}=1"])
+    for content, says in ((b"{", "is not JSON"), (b"\xff", "is not JSON"), (b"[1]", "is not a vas.json")):
+        vas_json.write_bytes(content)
+        with pytest.raises(ValueError, match=says):
+            read_points([f"{vas_json}=1"])
+    table = vas_json.with_name("latin.csv")
+    table.write_bytes("name,vas,accuracy\ncafé,1,2\n".encode("latin1"))
+    with pytest.raises(ValueError, match=r"latin\.csv is not UTF-8"):
+        read_points([str(table)])
 
 
 def test_the_command_prints_its_findings(capsys):
@@ -193,6 +212,7 @@ def test_the_command_prints_its_findings(capsys):
         ([], "no points"),
         (["--published", "--resamples", "3"], "at least 100"),
         (["{vas}=1", "--published", "--measure", "median"], "--scope user --measure vas"),
+        (["--published", "--scope", "response"], "--scope user --measure vas"),
         (["{vas}=1", "{vas}=2"], "two points are named 'Model-7B'"),
         (["a:{vas}=1", "b:{vas}=2"], "at least 3 points"),
         (["nowhere.csv"], "nowhere.csv"),

@@ -165,7 +165,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         points = _all_points(arguments)
         statistics = correlate(points, arguments.resamples, arguments.seed)
-        lines = [*findings(statistics, arguments.published), *_mixed_units(points)]
+        lines = [*findings(statistics, arguments.published), *_mixed_units(points), *_mixed_scales(points)]
         _print(points, lines, arguments)
         if arguments.out is not None:
             _write(arguments.out, points, statistics, lines, arguments)
@@ -180,7 +180,7 @@ def _all_points(arguments: argparse.Namespace) -> list[Point]:
         raise ValueError(f"--resamples {arguments.resamples}: a 95 % interval wants at least 100")
     points = read_points(arguments.points, arguments.scope, arguments.measure)
     if arguments.published:
-        if points and (arguments.scope, arguments.measure) != ("user", "vas"):
+        if (arguments.scope, arguments.measure) != ("user", "vas"):
             raise ValueError("--published points are user-scope means of ratios: use --scope user --measure vas")
         points = published_points() + points
     if not points:
@@ -196,6 +196,13 @@ def _mixed_units(points: Sequence[Point]) -> list[str]:
     if fraction is None or percent is None:
         return []
     return [f"Are the accuracies in one unit? '{fraction}' looks like a fraction, '{percent}' like a percentage."]
+
+
+def _mixed_scales(points: Sequence[Point]) -> list[str]:
+    gated = [point.name for point in points if point.gated]
+    if not 0 < len(gated) < len(points):
+        return []
+    return [f"Not on the VAS scale of the others, for their images come in by cross-attention: {', '.join(gated)}."]
 
 
 def _print(points: Sequence[Point], lines: Sequence[str], arguments: argparse.Namespace) -> None:
@@ -215,9 +222,9 @@ def _print(points: Sequence[Point], lines: Sequence[str], arguments: argparse.Na
 
 
 def _write(folder: Path, points, statistics: dict, lines: Sequence[str], arguments: argparse.Namespace) -> None:
+    from verl_avar.evaluation.partial import write_text
     from verl_avar.report.study_figures import correlation_figure
 
-    folder.mkdir(parents=True, exist_ok=True)
     results = {
         "scope": arguments.scope,
         "measure": arguments.measure,
@@ -225,7 +232,7 @@ def _write(folder: Path, points, statistics: dict, lines: Sequence[str], argumen
         "statistics": statistics,
         "findings": list(lines),
     }
-    (folder / "correlation.json").write_text(json.dumps(results, indent=1, ensure_ascii=False), encoding="utf-8")
+    write_text(folder / "correlation.json", json.dumps(results, indent=1, ensure_ascii=False))
     unit = "%" if arguments.published else ""
     figure = correlation_figure(results["points"], statistics, arguments.scope, arguments.measure, unit)
     figure.savefig(folder / "correlation.png")
