@@ -102,6 +102,7 @@ def test_resamples_without_a_correlation_are_left_out_and_counted(recwarn):
     [
         ([1, 2], [1, 2], "at least 3 points, got 2"),
         ([], [], "at least 3 points, got 0"),
+        ([1, 1, 2], [5, 5, 6], "3 points, but only two different ones"),
         ([5, 5, 5], [1, 2, 3], "same VAS, 5"),
         ([1, 2, 3], [7, 7, 7], "same accuracy, 7"),
         ([1, math.nan, 3], [1, 2, 3], "VAS of 'm1' is not a finite"),

@@ -55,6 +55,14 @@ def test_names_of_points_do_not_cover_each_other_or_leave_the_axes():
         assert frame.x0 <= box.x0 and box.x1 <= frame.x1
 
 
+def test_long_names_keep_the_end_that_tells_them_apart():
+    points = [
+        point | {"name": f"checkpoints/of-a-long-run/global_step_{n}"} for n, point in enumerate(points_at(1, 2, 3, 4))
+    ]
+    names = texts(study_figures.correlation_figure(points, STATISTICS)).splitlines()
+    assert {f"checkpoints/o…/global_step_{n}" for n in range(4)} <= set(names)
+
+
 def figure_of(value, difference=None, half=0.05) -> dict:
     return {
         "value": value,

@@ -35,7 +35,7 @@ def correlate(points: Sequence[Point], resamples: int = RESAMPLES, seed: int = 0
     correlation: such are left out and counted (`undefined`). One of two distinct points has |r| = 1 whatever they are;
     `two_points` is the share of those to expect. `fisher_interval` is Fisher's, which takes values for normal.
     Spearman's p is exact over all orders up to 8 points, where the usual approximation is far too small.
-    Raises ValueError for fewer than 3 points, values that are not finite, and values that are all equal.
+    Raises ValueError for fewer than 3 different points, values that are not finite, and values that are all equal.
     """
     import numpy as np
     from scipy import stats
@@ -49,6 +49,8 @@ def correlate(points: Sequence[Point], resamples: int = RESAMPLES, seed: int = 0
             raise ValueError(f"the {what} of '{bad[0]}' is not a finite number")
         if np.ptp(values) == 0:
             raise ValueError(f"all {n} points have the same {what}, {values[0]:g}: no correlation is defined")
+    if len(set(zip(vas, accuracy, strict=True))) < 3:
+        raise ValueError(f"{n} points, but only two different ones: any two lie on a line")
     pearson, line = stats.pearsonr(vas, accuracy), stats.linregress(vas, accuracy)
     with warnings.catch_warnings():  # of the resamples without a correlation, which are counted instead
         warnings.simplefilter("ignore", (stats.ConstantInputWarning, stats.NearConstantInputWarning))

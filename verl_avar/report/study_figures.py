@@ -44,18 +44,20 @@ def correlation_figure(
     line = statistics["line"]
     ends = np.array([x.min(), x.max()])
     axes.plot(ends, line["intercept"] + line["slope"] * ends, "--", color=ORANGE, linewidth=2, zorder=2)
-    axes.plot(x, y, "o", color=BLUE, markersize=8, markeredgecolor="white", zorder=3)
+    axes.plot(x, y, "o", color=BLUE, markersize=8, markeredgecolor="white", zorder=3, clip_on=False)
     axes.set_xlim(left, right)
     axes.set_ylim(y.min() - 0.14 * height, y.max() + 0.2 * height)  # room above for the classes' names
     axes.set_xlabel(f"{MEASURES[measure]} ({'user turn' if scope == 'user' else scope})", fontsize=TEXT)
     axes.set_ylabel(f"accuracy{', ' * bool(unit)}{unit}", fontsize=TEXT)
     axes.set_title("\n".join(_correlation(statistics)), fontsize=TEXT, loc="left")
     plain(axes)
-    names = [
-        textwrap.shorten(str(point["name"]), NAME, placeholder="…") or str(point["name"])[:NAME] for point in points
-    ]
-    _label(figure, axes, x, y, names, line["intercept"] + line["slope"] * ends)
+    _label(figure, axes, x, y, [_short(point["name"]) for point in points], line["intercept"] + line["slope"] * ends)
     return figure
+
+
+def _short(name: str) -> str:
+    """A name of at most NAME characters: checkpoints often differ at the end only."""
+    return name if len(name) <= NAME else f"{name[: NAME // 2 - 1]}…{name[-NAME // 2 :]}"
 
 
 def _correlation(statistics: dict) -> list[str]:
