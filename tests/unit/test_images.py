@@ -58,6 +58,12 @@ def test_sixteen_bits_are_scaled_not_cut_off():
     assert [seen.getpixel((x, 0))[0] for x in range(3)] == [0, 100, 255]
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_values_without_a_known_white_are_an_error(kind):
+    with pytest.raises(ValueError, match="save it with 8 or 16 bits"):
+        open_images([stored(Image.fromarray(np.array([[0, 1, 70000]], dtype=kind)), "TIFF")])
+
+
 def test_paths_bytes_and_open_images_are_the_same(tmp_path):
     image = Image.new("RGB", (3, 3), "green")
     image.save(tmp_path / "a.png")

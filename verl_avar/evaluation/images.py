@@ -13,7 +13,8 @@ def open_images(images: Sequence[Any]) -> list[Image.Image]:
     """RGB images of a row: {"bytes": …} or {"path": …} as verl and datasets store them, bytes, paths, or PIL images.
 
     Upright by their EXIF orientation; what is transparent shows white, as on a page.
-    Raises OSError for what is no image or is cut off, ValueError for an image beyond PIL's limit of pixels.
+    Raises OSError for what is no image or is cut off, ValueError for an image beyond PIL's limit of pixels or of values
+    that have no known white.
     """
     return [_rgb(_load(image)) for image in images]
 
@@ -32,6 +33,9 @@ def _load(image: Any) -> Image.Image:
 
 def _rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
+    if image.mode in ("F", "I"):
+        kind = {"F": "fractions", "I": "32-bit whole numbers"}[image.mode]
+        raise ValueError(f"an image of {kind}, which no known value shows white in: save it with 8 or 16 bits")
     if image.mode.startswith("I;16"):  # PIL would cut the high values off instead of scaling them
         image = image.point(lambda value: value / 256).convert("L")
     if image.has_transparency_data:
