@@ -10,6 +10,7 @@ from rich.console import Console
 from test_report import make_sample
 
 from verl_avar.report import HeatmapSample, vas_figures
+from verl_avar.report.drawing import literal
 from verl_avar.report.vas_page import failures, print_vas, render_vas, strongest_heads
 from verl_avar.report.vas_results import model_names
 from verl_avar.report.vas_verdicts import vas_verdicts
@@ -296,6 +297,14 @@ def test_a_note_says_whose_it_is_unless_it_is_of_all(result):
     other["notes"] = ["Rows left out: 3."]
     text = printed([result, other])
     assert "• Tiny-VL: A note on <this> run." in text and "• AVAR: Rows left out: 3." in text
+
+
+def test_names_are_drawn_as_they_are(tmp_path):
+    results = [make_vas() | {"name": "_costs $x_{$"}, make_vas() | {"name": "[/red]"}]
+    html = render_vas(results[1], [], tmp_path, others=results[:1]).read_text(encoding="utf-8")
+    assert "_costs $x_{$" in html and "[/red]" in printed(results)
+    legend = vas_figures.by_layer(results, [literal("_costs $x_{$"), "b"]).axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == [r" _costs \$x_{\$", "b"]
 
 
 def test_a_page_leaves_no_figures_of_an_earlier_one(result, tmp_path):

@@ -100,6 +100,11 @@ def legend(axes: Axes, columns: int) -> None:
     )
 
 
+def literal(name: str) -> str:
+    """A name that matplotlib writes as it is: dollars would open formulas, and legends leave out what begins with _."""
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
 def plain(axes: Axes) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -27,18 +27,20 @@ def render_vas(result: dict, overlays: "Sequence[HeatmapSample]", out: Path, oth
     vas_results.py says; nothing is written then.
     """
     from verl_avar.report import vas_figures
+    from verl_avar.report.drawing import literal
     from verl_avar.report.heatmaps import heatmap_sheet
     from verl_avar.report.pages import heatmap_cards, save_figures, write_page
 
     results = [*others, result]
     names = checked(results, None)
     heads, body = table_rows(results, names)
+    written = [literal(name) for name in names]
     drawn = {
-        "masses": vas_figures.masses(results, names),
-        "robustness": vas_figures.robustness(results, names),
-        "by_layer": vas_figures.by_layer(results, names),
+        "masses": vas_figures.masses(results, written),
+        "robustness": vas_figures.robustness(results, written),
+        "by_layer": vas_figures.by_layer(results, written),
         **{f"heads_{scope}": vas_figures.head_map(result, scope) for scope in reversed(scopes_of([result]))},
-        "by_position": vas_figures.by_position(results, names),
+        "by_position": vas_figures.by_position(results, written),
     }
     folder = Path(out) / "figures"
     for stale in folder.glob("*.png"):  # an earlier page may have had more samples
