@@ -275,6 +275,7 @@ def test_names_are_as_much_of_the_path_as_tells_models_apart():
     paths = ["runs/a/step_100", "runs/b/step_100", "other/x/step_7"]
     assert model_names([{"model": path} for path in paths]) == ["a/step_100", "b/step_100", "x/step_7"]
     assert model_names([{"model": path} for path in ("/x/m", "/x/m", "/x/n")]) == ["m (1)", "m (2)", "n"]
+    assert model_names([{"model": "/x/m", "name": "a/b"}, {"model": "/x/m"}]) == ["a/b", "m"]  # a given name is whole
 
 
 def test_results_on_different_rows_are_not_compared_in_silence(result):

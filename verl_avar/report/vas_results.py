@@ -74,7 +74,10 @@ def model_names(results: Sequence[dict]) -> list[str]:
     """A short name of each model that tells it from the others: the name that the run gave it, or as much of its path's
     end as that takes, and a number where two have the same.
     """
-    paths = [PurePath(str(result.get("name") or result["model"])).parts or ("?",) for result in results]
+    paths = [
+        (result["name"],) if result.get("name") else PurePath(str(result["model"])).parts or ("?",)
+        for result in results
+    ]
     length = 1
     while len({path[-length:] for path in paths}) < len(set(paths)):
         length += 1
