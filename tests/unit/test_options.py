@@ -31,6 +31,9 @@ def test_a_folder_is_written_one_way_and_a_name_on_the_hub_stays(tmp_path):
     assert model_path(arguments) == "a/b"
     arguments.model = f"{tmp_path}/"
     assert Path(model_path(arguments)) == tmp_path and not model_path(arguments).endswith("/")
+    for here in (".", "..", ""):
+        arguments.model = here
+        assert model_path(arguments) == str(Path(here).resolve())  # results are named after it
 
 
 def test_layer_lists():

@@ -65,9 +65,11 @@ def load(arguments: argparse.Namespace) -> Checkpoint:
 
 
 def model_path(arguments: argparse.Namespace) -> str:
-    """The checkpoint's name: a path written one way (no final slash), or a name on the hub."""
+    """The checkpoint's name: a path written one way (no final slash, a name at its end), or a name on the hub."""
     path = Path(arguments.model)
-    return str(path) if path.exists() else arguments.model
+    if not path.exists():
+        return arguments.model
+    return str(path if path.name not in ("", "..") else path.resolve())
 
 
 def layer_list(text: str) -> list[int]:

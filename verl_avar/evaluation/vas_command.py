@@ -141,7 +141,7 @@ def finish(checkpoint, arguments, rows, settings, outcome, out: Path) -> tuple[d
     crossed = bool(families.cross_attention_layers(checkpoint.model))
     result = {
         "schema": 1,
-        "model": arguments.model,
+        "model": model_path(arguments),
         "name": arguments.name,
         "model_type": checkpoint.model.config.model_type,
         "data": str(arguments.data),
