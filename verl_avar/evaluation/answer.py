@@ -32,23 +32,23 @@ def answer(
     max_new_tokens: int,
     intervention: dict | None = None,
 ) -> Answers:
-    """Greedy responses to a batch of rows (see `prompt_inputs` for their form), within the model's context.
+    """Greedy responses to a batch of rows (see `prompt_inputs` for their form), each within the model's context.
 
     intervention: keyword arguments of `role_bias` (visual, system, layers, queries, mode) to generate under.
     """
     prompt = prompt_inputs(checkpoint, prompts, images)
     roles = prompt_roles(checkpoint, prompts, prompt)
     model = checkpoint.model
+    limit = torch.full_like(prompt["attention_mask"][:, 0], max_new_tokens)  # [B]
     if checkpoint.context is not None:
-        room = checkpoint.context - int(prompt["attention_mask"].sum(-1).max())
-        if room < 1:
+        limit = limit.minimum(checkpoint.context - prompt["attention_mask"].sum(-1))
+        if (limit < 1).any():
             raise ValueError(f"the prompt fills the model's context of {checkpoint.context} tokens")
-        max_new_tokens = min(max_new_tokens, room)
     with _intervened(model, roles, intervention):
         # Greedy means greedy: some checkpoints ship a repetition penalty.
         sequences = model.generate(
             **prompt,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=int(limit.max()),
             do_sample=False,
             repetition_penalty=1.0,
             eos_token_id=end_tokens(checkpoint),
@@ -57,7 +57,9 @@ def answer(
     # Up to and including the first end marker; generate pads after it.
     stops = torch.isin(written, torch.tensor(end_tokens(checkpoint), device=written.device))
     ended = stops.long().cumsum(-1)
-    return _answers(checkpoint, prompt, roles, written, (ended == 0) | ((ended == 1) & stops), stops)
+    response = (ended == 0) | ((ended == 1) & stops)
+    response &= torch.arange(written.shape[1], device=written.device) < limit[:, None]  # not that of a shorter prompt
+    return _answers(checkpoint, prompt, roles, written, response, stops)
 
 
 @torch.no_grad()
