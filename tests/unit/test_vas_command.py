@@ -320,13 +320,13 @@ def test_a_long_prompt_does_not_shorten_the_others_of_its_batch(checkpoint, rows
         return [{"role": "user", "content": f"<image>{text}"}]
 
     images = [rows[0].images] * 2
-    monkeypatch.setattr(checkpoint.model.config.get_text_config(), "max_position_embeddings", 60)
+    monkeypatch.setattr(checkpoint.model.config.get_text_config(), "max_position_embeddings", 56)
     both = answer(checkpoint, [asks("a"), asks("colour " * 20)], images, 12)
     alone = [answer(checkpoint, [asks(text)], images[:1], 12) for text in ("a", "colour " * 20)]
     assert both.texts == [one.texts[0] for one in alone]
     lengths = (both.roles == Role.RESPONSE).sum(-1).tolist()
     total = both.inputs["attention_mask"].sum(-1).tolist()
-    assert lengths[0] > lengths[1] and total[1] == 60
+    assert lengths[0] > lengths[1] and total[1] == 56
 
 
 def test_a_placeholder_in_a_question_is_named(checkpoint, rows):
