@@ -176,6 +176,7 @@ def test_results_of_a_made_up_backend(data, tmp_path):
     assert biased["vas"]["difference"] == pytest.approx(0.5)
     assert results["broken"] == [{"point": "β 0.5", "row": "7", "reason": "no such image"}]
     assert any("1 answers broke" in note for note in results["notes"])
+    assert results["scorer"] == str(scorer)
     assert json.loads((out / "intervene.json").read_text(encoding="utf-8")) == results
     table = pd.read_parquet(out / "intervene.parquet")
     assert len(table) == 15 and set(table["right"]) == {True, False}

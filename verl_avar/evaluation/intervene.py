@@ -147,6 +147,7 @@ def measure(arguments: argparse.Namespace, backend: Backend | None = None) -> tu
         records = sweep(points, kept, out, lambda tasks: run_tasks()(tasks), arguments.strict, progress)
         table = judged(points, kept, records, scorer)
         results = summarise(table, points, arguments.seed) | {"settings": settings | bias, "rows": len(rows)}
+        results["scorer"] = arguments.scorer or "default rules"
         results["left_out"] = left_out
         results["broken"] = [
             {"point": point.name, "row": row.id, "reason": records[point.key, number]["problem"]}
