@@ -14,7 +14,7 @@ from verl_avar.attention.hf import set_attention
 from verl_avar.cli import main
 from verl_avar.evaluation.answer import answer, answer_masses, given
 from verl_avar.evaluation.checkpoint import load_checkpoint
-from verl_avar.evaluation.heatmap import rasterise
+from verl_avar.evaluation.heatmap import Places, heatmap, rasterise, sentences, worded
 from verl_avar.evaluation.measure import measure
 from verl_avar.evaluation.partial import begun
 from verl_avar.evaluation.rows import read_rows
@@ -327,6 +327,22 @@ def test_a_long_prompt_does_not_shorten_the_others_of_its_batch(checkpoint, rows
     lengths = (both.roles == Role.RESPONSE).sum(-1).tolist()
     total = both.inputs["attention_mask"].sum(-1).tolist()
     assert lengths[0] > lengths[1] and total[1] == 56
+
+
+def test_pieces_of_a_response_are_whole_words(checkpoint):
+    text = "Ein Käfer, grün. 赤い🟥."
+    ids = checkpoint.tokenizer.encode(text, add_special_tokens=False)
+    pieces = sentences([checkpoint.tokenizer.decode([i]) for i in ids])
+    assert "�" in "".join(map("".join, pieces))  # single bytes
+    assert worded(checkpoint.tokenizer, ids, pieces) == ["Ein Käfer,", " grün.", " 赤い🟥."]
+    assert sentences(["红", "，", "绿", "。"]) == [["红", "，"], ["绿", "。"]]
+
+
+def test_images_side_by_side_keep_to_a_bearable_size():
+    images = [Image.new("RGB", size) for size in ((9000, 9), (20, 2000))]
+    place = Places(np.array([[0, 0, 1, 1], [0, 0, 0.5, 1]]), np.array([0, 1]))
+    picture = heatmap(images, "?", ["all"], np.ones((1, 2)), place).image
+    assert picture.width <= 4097 and picture.height >= 1
 
 
 def test_a_placeholder_in_a_question_is_named(checkpoint, rows):

@@ -18,6 +18,7 @@ from verl_avar.evaluation.measure import measure
 from verl_avar.report import HeatmapSample
 from verl_avar.roles import Role
 
+WIDEST = 4096  # pixels of several images side by side
 FINEST = 64  # cells along a side of a picture's grid, at most
 
 
@@ -84,7 +85,9 @@ def heatmap(
     Several images stand side by side in one picture. A token without a place is not drawn.
     """
     height = max(image.height for image in images)
-    widths = [round(image.width * height / image.height) for image in images]
+    narrower = min(1.0, WIDEST / sum(image.width * height / image.height for image in images))
+    height = max(1, round(height * narrower))
+    widths = [max(1, round(image.width * height / image.height)) for image in images]
     edges = np.cumsum([0, *widths]) / sum(widths)
     picture = images[0]
     if len(images) > 1:
@@ -124,10 +127,17 @@ def heatmap_sample(checkpoint: Checkpoint, row: pd.Series, max_new_tokens: int, 
     written = answers.inputs["input_ids"][0][answers.roles[0] == Role.RESPONSE].tolist()
     pieces = sentences([checkpoint.tokenizer.decode([i]) for i in written])
     attention = by_piece(result.steps, pieces)
+    texts = worded(checkpoint.tokenizer, written, pieces)
     user = conversation(list(row["prompt"]))[-1]
     question = "".join(part.get("text", "") for part in user["content"]).strip()
     truth = str(row["reward_model"]["ground_truth"])
-    return heatmap(images, question, ["".join(p) for p in pieces], attention, place, stage, truth)
+    return heatmap(images, question, texts, attention, place, stage, truth)
+
+
+def worded(tokenizer, ids: Sequence[int], pieces: Sequence[Sequence[str]]) -> list[str]:
+    """The text of each piece of the response `ids`: tokens by themselves may hold parts of characters, or no spaces."""
+    ends = np.cumsum([len(piece) for piece in pieces])
+    return [tokenizer.decode(ids[end - len(piece) : end]) for piece, end in zip(pieces, ends, strict=True)]
 
 
 def by_piece(steps: np.ndarray, pieces: Sequence[Sequence[str]]) -> np.ndarray:
@@ -146,5 +156,5 @@ def sentences(tokens: list[str]) -> list[list[str]]:
             groups[-1].append(token)
         else:
             groups.append([token])
-        open_group = not (closes or re.search(r"[.!?,]$", token.strip()))
+        open_group = not (closes or re.search(r"[.!?,。！？，]$", token.strip()))
     return groups

@@ -20,7 +20,7 @@ import torch
 from verl_avar import families
 from verl_avar.evaluation.answer import Answers, answer, given
 from verl_avar.evaluation.checkpoint import Checkpoint
-from verl_avar.evaluation.heatmap import Places, border, by_piece, heatmap, places, sentences
+from verl_avar.evaluation.heatmap import Places, border, by_piece, heatmap, places, sentences, worded
 from verl_avar.evaluation.images import open_images
 from verl_avar.evaluation.isolation import isolated
 from verl_avar.evaluation.measure import Measured, measure
@@ -164,7 +164,7 @@ def _records(checkpoint: Checkpoint, answers: Answers, b: int, row: Row, result:
         written = answers.inputs["input_ids"][b][roles == Role.RESPONSE].tolist()
         pieces = sentences([checkpoint.tokenizer.decode([i]) for i in written])
         records[-1] |= {
-            "pieces": ["".join(piece) for piece in pieces],
+            "pieces": worded(checkpoint.tokenizer, written, pieces),
             "steps": by_piece(result.steps, pieces).tolist(),
             "boxes": place.boxes.tolist(),
             "box_image": place.image.tolist(),
