@@ -335,6 +335,7 @@ def test_pieces_of_a_response_are_whole_words(checkpoint):
     pieces = sentences([checkpoint.tokenizer.decode([i]) for i in ids])
     assert "�" in "".join(map("".join, pieces))  # single bytes
     assert worded(checkpoint.tokenizer, ids, pieces) == ["Ein Käfer,", " grün.", " 赤い🟥."]
+    assert sentences(["red", ".", "<end_of_turn>"]) == [["red", ".", "<end_of_turn>"]]
     assert sentences(["红", "，", "绿", "。"]) == [["红", "，"], ["绿", "。"]]
 
 

@@ -151,7 +151,7 @@ def sentences(tokens: list[str]) -> list[list[str]]:
     groups: list[list[str]] = []
     open_group = False
     for token in tokens:
-        closes = re.fullmatch(r"\s*(</\w+>|<\|\w+\|>)", token)
+        closes = re.fullmatch(r"\s*(</\w+>|<\|\w+\|>|<end_of_\w+>)", token)
         if groups and (open_group or closes):
             groups[-1].append(token)
         else:
