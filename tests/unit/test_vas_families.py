@@ -144,3 +144,17 @@ def test_sinks_and_borders_count_reaching_queries_only():
             assert record["vas"] == pytest.approx(ratio.nanmean(-1).flatten().tolist(), rel=1e-4, nan_ok=True)
             kept = float(ratio.nanmean(-1).nanmean())
             assert record["sink_tokens"] == 0 and record["sink_free_vas"] == pytest.approx(kept, rel=1e-4)
+
+
+def test_layers_of_a_cross_attention_model_are_its_cross_attention_layers(tmp_path):
+    checkpoint = load("mllama").ours
+    first, *_ = crossed = sorted(cross_attention_layers(checkpoint.model))
+    settings = {"all": Settings(), "first": Settings(layers=[first])}
+    for name, each in settings.items():
+        measure_rows(checkpoint, rows(True)[:1], each, tmp_path / name, strict=True)
+    everything, one = (by_head(table_of(tmp_path / name)) for name in settings)
+    kept = everything[everything["layer"] == first].reset_index(drop=True)
+    assert set(everything["layer"]) == set(crossed) and len(one) == len(kept) > 0
+    np.testing.assert_allclose(one["vas"], kept["vas"])  # self-attention is always taken whole
+    with pytest.raises(ValueError, match="--layers 0: the cross-attention layers of Mllama"):
+        check_model(checkpoint, [0, first])
