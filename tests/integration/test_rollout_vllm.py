@@ -106,7 +106,7 @@ def batch(engine, samples):
 
 @pytest.fixture(scope="module")
 def eager(checkpoint):
-    """eager(prompt, bias, output) -> log-probs [n] of the response and masses [L, n, 2] of the queries before it."""
+    """eager(prompt, bias, output) -> log-probs [n] of the response, masses [L, H, n, 2] of the queries before it."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import eager_attention_forward
@@ -141,7 +141,7 @@ def eager(checkpoint):
             logits = model(input_ids=ids, mm_token_type_ids=kinds, **pixels).logits
         asked = slice(inputs["input_ids"].shape[1] - 1, ids.shape[1] - 1)
         log_probs = logits[0, asked].log_softmax(-1).gather(1, answer.T)[:, 0]
-        weights = torch.stack(maps)[:, 0, :, asked].mean(1)  # [L, n, T]
+        weights = torch.stack(maps)[:, 0, :, asked]  # [L, H, n, T]
         masses = [weights[..., roles == role].sum(-1) for role in (Role.VISUAL, Role.SYSTEM)]
         return log_probs, torch.stack(masses, dim=-1)
 
@@ -166,7 +166,8 @@ def test_log_probs_under_each_requests_bias_equal_eager_attention(batch, eager):
 def test_scores_equal_eager_attention(batch, eager):
     for prompt, bias, output in batch:
         _, masses = eager(prompt, bias, output)
-        visual, system = masses.unbind(-1)
+        by_head = masses[..., 0] / (masses[..., 1] + 1e-6)
+        visual, system = masses.mean(1).unbind(-1)
         score = _score(output)
         ratios = (visual / (system + 1e-6)).mean(0)
         torch.testing.assert_close(torch.tensor(score["tokens"]), ratios, atol=1e-5, rtol=1e-4)
@@ -175,6 +176,7 @@ def test_scores_equal_eager_attention(batch, eager):
             "share": (visual / (visual + system)).mean().item(),
             "visual_mass": visual.mean().item(),
             "system_mass": system.mean().item(),
+            "vas": by_head.mean().item(),
         }
         assert {name: score[name] for name in wanted} == pytest.approx(wanted, rel=1e-4, abs=1e-5)
         assert score["n"] == NEW_TOKENS
@@ -213,7 +215,7 @@ def test_a_request_without_roles_leaves_the_prefix_that_it_repeats_alone(engine,
 
 def test_a_summary_has_no_token_list_and_one_token_is_enough(engine, samples):
     (output,) = engine.generate([_prompt(samples[0])], _sampling(max_tokens=1, extra_args=None), use_tqdm=False)
-    assert set(_score(output)) == {"ratio", "share", "visual_mass", "system_mass", "n"}
+    assert set(_score(output)) == {"ratio", "share", "visual_mass", "system_mass", "vas", "n"}
     assert _score(output)["n"] == 1
 
 
@@ -222,7 +224,7 @@ def test_text_only_prompts_have_defined_scores(engine, samples):
     text, no_system, no_chat = map(_score, engine.generate(prompts, _sampling(max_tokens=3), use_tqdm=False))
     assert (text["ratio"], text["share"], text["visual_mass"], text["n"]) == (0.0, 0.0, 0.0, 3)
     assert text["system_mass"] > 0
-    assert (no_system["ratio"], no_system["share"]) == (None, None)
+    assert (no_system["ratio"], no_system["share"], no_system["vas"]) == (None, None, None)
     assert no_system["visual_mass"] > 0
     assert "system turn" in no_system["reason"]
     assert (no_chat["ratio"], no_chat["visual_mass"], no_chat["n"]) == (None, None, 3)

@@ -8,6 +8,7 @@ connector (`kv_transfer_config`) gets our attention backend, every other engine 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 CONNECTOR = "VisualAttentionConnector"
@@ -15,23 +16,30 @@ CONNECTOR_MODULE = "verl_avar.rollout.connector"
 
 
 def kv_transfer_config(
-    visual_bias: float = 0.0, system_bias: float = 0.0, attention_scores: str = "summary"
+    visual_bias: float = 0.0,
+    system_bias: float = 0.0,
+    attention_scores: str = "summary",
+    attention_layers: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """The `kv_transfer_config` that turns scores and biases on: for `LLM(...)`, `vllm serve` (as JSON) and verl
     (`actor_rollout_ref.rollout.engine_kwargs.vllm.kv_transfer_config`).
 
-    The arguments are the engine's defaults; a request overrides them through `SamplingParams.extra_args`.
-    Raises ValueError for a value out of range (see `options.RequestOptions`).
+    The first three are the engine's defaults, and a request overrides them through `SamplingParams.extra_args`.
+    attention_layers: the layers that are scored, all by default; a bias always works in every layer.
+    Raises ValueError for a value out of range (see `options.RequestOptions`, `engine_options.check_layers`).
     """
+    from verl_avar.rollout.engine_options import LAYERS_KEY, check_layers
     from verl_avar.rollout.options import RequestOptions
 
+    check_layers(attention_layers)
+    layers = {} if attention_layers is None else {LAYERS_KEY: list(attention_layers)}
     defaults = RequestOptions(visual_bias, system_bias, attention_scores)
     return {
         "kv_connector": CONNECTOR,
         "kv_connector_module_path": CONNECTOR_MODULE,
         # vLLM wants a role; as "consumer" it expects nothing to be handed on when a request ends.
         "kv_role": "kv_consumer",
-        "kv_connector_extra_config": defaults.as_dict(),
+        "kv_connector_extra_config": defaults.as_dict() | layers,
     }
 
 

@@ -15,15 +15,17 @@ import vllm
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole
 from vllm.platforms import current_platform
 
-from verl_avar.reward import summarise
+from verl_avar.reward import SCORES, summarise
 from verl_avar.roles import Role
+from verl_avar.rollout.engine_options import probed_layers, request_defaults
+from verl_avar.rollout.layer import link_layers
 from verl_avar.rollout.options import RequestOptions
 from verl_avar.rollout.plugin import version_error
 from verl_avar.rollout.request import chat_tokens, prompt_roles
 from verl_avar.rollout.scores import SharedScores
 from verl_avar.rollout.slots import BlockMarks, SlotState
 
-NO_SCORE = {"ratio": None, "share": None, "visual_mass": None, "system_mass": None}
+NO_SCORE = dict.fromkeys(SCORES)
 UNSCORED_SALT = "avar:unscored"
 
 
@@ -54,7 +56,7 @@ def _check_engine(config: Any) -> None:
             f"{current_platform.device_name}; remove its kv_transfer_config to run without scores and biases"
         )
     parallel = config.parallel_config
-    for name in ("tensor_parallel_size", "pipeline_parallel_size", "decode_context_parallel_size"):
+    for name in ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             raise NotImplementedError(f"verl_avar.rollout: {name} > 1 is not supported")
     if config.speculative_config is not None:
@@ -72,9 +74,8 @@ class VisualAttentionConnector(KVConnectorBase_V1):
         self._shared: SharedScores | None = None
         self._state: SlotState | None = None
         if role is KVConnectorRole.SCHEDULER:
-            self._defaults = RequestOptions.from_mapping(vllm_config.kv_transfer_config.kv_connector_extra_config)
+            self._defaults = request_defaults(vllm_config.kv_transfer_config.kv_connector_extra_config)
             self._chat = chat_tokens(vllm_config.model_config)
-            self._layers = len(kv_cache_config.kv_cache_groups[0].layer_names)
             self._requests: dict[str, Tracked] = {}
             self._shared = SharedScores.open(self._engine_id)
 
@@ -87,29 +88,50 @@ class VisualAttentionConnector(KVConnectorBase_V1):
     # Worker side
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        from vllm.distributed import get_tp_group
+        from vllm.model_executor.models.utils import extract_layer_index
+
         from verl_avar.rollout.backend_cpu import RoleAttention
 
-        layers = self._vllm_config.compilation_config.static_forward_context
-        impls = [layers[name].impl for name in kv_caches]
+        config = self._vllm_config
+        layers = config.compilation_config.static_forward_context
+        names = sorted(kv_caches, key=extract_layer_index)
+        impls = [layers[name].impl for name in names]
         if stock := {type(impl).__name__ for impl in impls if not isinstance(impl, RoleAttention)}:
             raise RuntimeError(
                 f"verl_avar.rollout: the connector is on but layers run {', '.join(stock)}: the vLLM plugin is not "
                 "active in this process (is verl_avar installed here, and allowed by VLLM_PLUGINS?)"
             )
-        cache = next(iter(kv_caches.values()))
-        blocks, block_size = cache.shape[:2]
-        if block_size != self._block_size:
+        cache, first = kv_caches[names[0]], impls[0]
+        blocks = cache.shape[0]
+        if (rows := cache.numel() // (blocks * first.num_kv_heads * 2 * first.head_size)) != self._block_size:
             raise NotImplementedError(
-                f"verl_avar.rollout: KV-cache blocks of {block_size} tokens under a block size of {self._block_size}"
+                f"verl_avar.rollout: KV-cache blocks of {rows} tokens under a block size of {self._block_size}"
             )
-        self._shared = SharedScores.create(self._engine_id, blocks * block_size)
-        self._state = SlotState(blocks, block_size, self._shared.array)
-        for impl in impls:
-            impl.state = self._state
+        ranks, group = config.parallel_config.tensor_parallel_size, get_tp_group()
+        if group.rank_in_group == 0:
+            self._shared = SharedScores.create(self._engine_id, blocks * self._block_size + 1)
+        probed = probed_layers(config.kv_transfer_config.kv_connector_extra_config, len(impls))
+        self._state = SlotState(
+            blocks,
+            self._block_size,
+            len(probed),
+            config.scheduler_config.max_num_batched_tokens,
+            first.num_heads,
+            torch.from_numpy(self._shared.array) if self._shared else None,
+            total_heads=first.num_heads * ranks,
+            all_reduce=group.all_reduce if ranks > 1 else None,
+            device=cache.device,
+        )
+        link_layers(impls, self._state, probed)
+
+    def bind_connector_metadata(self, connector_metadata: StepMarks) -> None:
+        # Not in start_load_kv: vLLM 0.33's newer model runner calls that one after the forward pass.
+        super().bind_connector_metadata(connector_metadata)
+        self._state.begin(connector_metadata.marks)
 
     def start_load_kv(self, forward_context, **kwargs: Any) -> None:
-        metadata = self._get_connector_metadata()
-        self._state.mark(metadata.marks)
+        pass
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         pass
@@ -178,10 +200,10 @@ class VisualAttentionConnector(KVConnectorBase_V1):
         if no_score is not None:
             return False, {"visual_attention": {**NO_SCORE, "n": n, "reason": no_score}}
         blocks = np.asarray(block_ids, dtype=np.int64)[position // self._block_size]
-        summed = self._shared.array[blocks * self._block_size + position % self._block_size]
+        scores = self._shared.array[blocks * self._block_size + position % self._block_size]
         has_system = bool((tracked.roles == Role.SYSTEM).any())
         score = summarise(
-            torch.from_numpy(summed.T / self._layers),
+            torch.from_numpy(scores.T),
             has_system,
             tokens=tracked.options.attention_scores == "tokens",
         ).as_dict()

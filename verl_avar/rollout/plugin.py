@@ -50,10 +50,11 @@ def register() -> None:
         if current_platform.is_cpu():
             from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-            from verl_avar.compat import vllm_cpu_linear
+            from verl_avar.compat import vllm_cpu_linear, vllm_wide_kv_cache
 
             register_backend(AttentionBackendEnum.CPU_ATTN, CPU_BACKEND)
             vllm_cpu_linear.apply()
+            vllm_wide_kv_cache.apply()
     except Exception:
         logger.exception("verl_avar: registering with vLLM failed")
         raise

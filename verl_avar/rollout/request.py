@@ -10,6 +10,7 @@ import numpy as np
 
 from verl_avar.roles import ChatTokens, Role, token_roles
 from verl_avar.rollout import requested
+from verl_avar.rollout.engine_options import request_defaults
 from verl_avar.rollout.options import OPTION_KEYS, RequestOptions
 
 VISUAL_MODALITIES = ("image", "video")
@@ -77,6 +78,6 @@ def refuse_bad_request(vllm_config: Any, request: Any) -> None:
         return
     if getattr(request, "resumable", False):
         raise ValueError("prompts that arrive in parts (streaming input) can't be scored; send the prompt as a whole")
-    defaults = RequestOptions.from_mapping(vllm_config.kv_transfer_config.kv_connector_extra_config)
+    defaults = request_defaults(vllm_config.kv_transfer_config.kv_connector_extra_config)
     if RequestOptions.from_mapping(extra, defaults).biased:
         prompt_roles(request.prompt_token_ids, request.mm_features, chat_tokens(vllm_config.model_config))

@@ -1,7 +1,6 @@
 """Scores per KV-cache slot, in memory that the worker writes and the scheduler reads.
 
-A slot's four floats belong to the query token whose key and value sit in that slot, summed over layers;
-their order is that of `verl_avar.reward.token_scores`.
+A slot's floats are the scores (`reward.SCORES`) of the query token whose key and value sit in that slot.
 """
 
 from __future__ import annotations
@@ -17,7 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-COLUMNS = 4
+from verl_avar.reward import SCORES
+
+COLUMNS = len(SCORES)
 _PREFIX, _NEW_PREFIX = "avar-scores-", "avar-new-"
 _NEW_S = 60.0  # a file that has no engine's name after this long was left by a writer that was killed
 _ITEM = np.dtype(np.float32)
@@ -33,7 +34,7 @@ def _path(engine_id: str) -> Path:
 
 
 class SharedScores:
-    """float32 [slots, 4] mapped from a file that has a name only until the reader has opened it.
+    """float32 [rows, 5] mapped from a file that has a name only until the reader has opened it.
 
     The writer (worker) creates it, the reader (scheduler) opens and unlinks it, so that nothing is left behind even
     when both are killed later. `engine_id` is vLLM's, unique to an engine. The writer holds a lock on its file for

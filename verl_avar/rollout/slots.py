@@ -6,14 +6,18 @@ batching to vLLM: whoever reads a slot reads its role, and whoever gets a block 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from verl_avar.reward import token_scores
+from verl_avar.reward import head_sums, layer_scores
 from verl_avar.roles import Role
 from verl_avar.rollout.options import RequestOptions
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -39,30 +43,74 @@ class BlockMarks:
 
 
 class SlotState:
-    """role uint8 [slots], bias float32 [blocks, 2], scores float32 [slots, 4] (see `scores`)."""
+    """One rank's knowledge of its slots, in tensors that keep their place: a CUDA graph may hold on to them.
 
-    def __init__(self, blocks: int, block_size: int, scores: np.ndarray):
+    roles uint8 [slots]; bias float32 [blocks, 2] (visual, system); masses float32 [layers, max_tokens, H, 2] (visual,
+    system), of the probed layers and this rank's heads, rewritten by every step.
+
+    scores: float32 [slots + 1, 5] (`reward.SCORES`), the last row for padding; None on ranks that only share masses.
+    total_heads: query heads of all ranks. all_reduce: sums a tensor over the ranks, where there are several.
+    """
+
+    def __init__(
+        self,
+        blocks: int,
+        block_size: int,
+        layers: int,
+        max_tokens: int,
+        heads: int,
+        scores: torch.Tensor | None,
+        *,
+        total_heads: int | None = None,
+        all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        device: torch.device | str = "cpu",
+    ):
         self.block_size = block_size
-        self.roles = torch.zeros(blocks * block_size, dtype=torch.uint8)
-        self.bias = torch.zeros(blocks, 2)
-        self.scores = torch.from_numpy(scores)
+        self.total_heads = total_heads or heads
+        self.all_reduce = all_reduce
+        self.scores = scores
+        self.roles = torch.zeros(blocks * block_size, dtype=torch.uint8, device=device)
+        self.bias = torch.zeros(blocks, 2, device=device)
+        self.masses = torch.zeros(layers, max_tokens, heads, 2, device=device)
+        self._step: dict[str, Any] = {}
 
-    def mark(self, marks: BlockMarks) -> None:
+    def begin(self, marks: BlockMarks) -> None:
+        """Starts a step: writes roles and biases of the blocks that were given out for it."""
+        self._step.clear()
         if not marks.blocks:
             return
-        blocks = torch.from_numpy(np.concatenate(marks.blocks))
-        self.roles.view(-1, self.block_size)[blocks] = torch.from_numpy(np.concatenate(marks.roles))
-        self.bias[blocks] = torch.from_numpy(np.concatenate(marks.bias))
+        blocks = self._move(np.concatenate(marks.blocks))
+        self.roles.view(-1, self.block_size)[blocks] = self._move(np.concatenate(marks.roles))
+        self.bias[blocks] = self._move(np.concatenate(marks.bias))
+
+    def _move(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.roles.device, non_blocking=True)
+
+    def of_step(self, name: str, make: Callable[[], T]) -> T:
+        """What `make` returns, made by the first layer of a step and kept for the others."""
+        if name not in self._step:
+            self._step[name] = make()
+        return self._step[name]
+
+    def finish(self, slot_mapping: torch.Tensor) -> None:
+        """Ends a step: writes the scores of its queries, whose slots are slot_mapping [tokens] (-1: padding).
+
+        The heads of all ranks are added up in one all-reduce for all layers.
+        """
+        masses = self.masses[:, : len(slot_mapping)].movedim(2, 1)  # [L, H, tokens, 2]
+        sums = head_sums(*masses.unbind(-1))
+        if self.all_reduce is not None:
+            sums = self.all_reduce(sums)
+        if self.scores is None:
+            return
+        slots = slot_mapping.long()
+        slots = torch.where(slots < 0, len(self.roles), slots)
+        self.scores.index_copy_(0, slots, layer_scores(sums / self.total_heads).T)
 
     def indicator(self, slots: torch.Tensor) -> torch.Tensor:
         """One 0/1 column per scored role. slots: [...]. Returns float32 [..., 2] (visual, system)."""
         roles = self.roles[slots]
         return torch.stack((roles == Role.VISUAL, roles == Role.SYSTEM), dim=-1).float()
-
-    def add_scores(self, slots: torch.Tensor, masses: torch.Tensor) -> None:
-        """Adds one layer's scores of the queries at `slots` [tokens]; masses: [tokens, 2] (visual, system)."""
-        visual, system = masses.T[:, None, None]  # one layer, heads averaged already
-        self.scores.index_add_(0, slots, token_scores(visual, system).T)
 
     def bias_of(self, slots: torch.Tensor) -> torch.Tensor:
         """The bias of the requests that own these slots. slots: [...]. Returns float32 [..., 2]."""

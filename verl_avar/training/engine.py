@@ -38,7 +38,8 @@ class MicroBatch:
     system: torch.Tensor | None = None
 
 
-OUTPUTS = ("visual_ratio", "visual_share", "visual_mass", "system_mass")  # per-token entries of `model_output`
+# Per-token entries of `model_output`, in the order of `reward.SCORES`.
+OUTPUTS = ("visual_ratio", "visual_share", "visual_mass", "system_mass", "visual_vas")
 
 
 @EngineRegistry.register(
@@ -116,7 +117,7 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
         )
         answers = query_mask(roles, "response")
         with torch.no_grad():
-            scores = token_scores(measured.visual, measured.system, eps=self.avar.eps) * answers  # [4, B, T]
+            scores = token_scores(measured.visual, measured.system, eps=self.avar.eps) * answers  # [5, B, T]
         ids = micro_batch["input_ids"]
         for name, score in zip(OUTPUTS, scores, strict=True):
             model_output[name] = torch.nested.nested_tensor_from_jagged(score[within(ids)], ids.offsets())
