@@ -93,7 +93,7 @@ class RoleAttention(CPUAttentionBackendImpl):
             kv_cache_dtype,
             alibi_slopes=alibi_slopes,
             sliding_window=sliding_window,
-            logits_soft_cap=logits_soft_cap,
+            logits_soft_cap=logits_soft_cap or None,
             kv_sharing=kv_sharing_target_layer_name,
             **others,
         )

@@ -36,12 +36,12 @@ def unlinked() -> RuntimeError:
 
 
 def refuse(attn_type: str, kv_cache_dtype: str, **features) -> None:
-    """Raises NotImplementedError naming each of a layer's `features` that is set (neither None, False nor 0)."""
+    """Raises NotImplementedError naming each of a layer's `features` that is set (neither None nor False)."""
     features |= {
         f"attention type {attn_type}": attn_type != AttentionType.DECODER,
         f"KV cache of type {kv_cache_dtype}": kv_cache_dtype not in ("auto", "float32", "bfloat16", "float16"),
     }
-    asked = [name for name, value in features.items() if value is not None and value is not False and value != 0]
+    asked = [name for name, value in features.items() if value is not None and value is not False]
     if asked:
         raise NotImplementedError(
             f"verl_avar.rollout: this model's attention uses {', '.join(asked)}, which the visual-attention backend "
