@@ -14,7 +14,7 @@ import torch
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl, CPUAttentionMetadata
 
-from verl_avar.rollout.layer import LayerSlots, refuse, unlinked
+from verl_avar.rollout.layer import LinkedAttention, refuse, unlinked
 from verl_avar.rollout.slots import SlotState
 
 RIDERS = 4  # key columns: indicators of VISUAL and SYSTEM, twice
@@ -71,8 +71,8 @@ class RoleAttentionBackend(CPUAttentionBackend):
         return RoleAttention
 
 
-class RoleAttention(CPUAttentionBackendImpl):
-    """One layer's attention. `slots` is set by the connector."""
+class RoleAttention(LinkedAttention, CPUAttentionBackendImpl):
+    """One layer's attention."""
 
     def __init__(
         self,
@@ -98,7 +98,6 @@ class RoleAttention(CPUAttentionBackendImpl):
             **others,
         )
         self.plain_head_size = head_size
-        self.slots: LayerSlots | None = None
         super().__init__(
             num_heads, ridden_head_size(head_size), scale, num_kv_heads, None, None, kv_cache_dtype, None, attn_type
         )

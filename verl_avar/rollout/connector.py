@@ -18,8 +18,9 @@ from vllm.platforms import current_platform
 from verl_avar.reward import SCORES, summarise
 from verl_avar.roles import Role
 from verl_avar.rollout.engine_options import probed_layers, request_defaults
-from verl_avar.rollout.layer import link_layers
+from verl_avar.rollout.layer import LinkedAttention, link_layers
 from verl_avar.rollout.options import RequestOptions
+from verl_avar.rollout.pinned import release, view_from
 from verl_avar.rollout.plugin import version_error
 from verl_avar.rollout.request import chat_tokens, prompt_roles
 from verl_avar.rollout.scores import SharedScores
@@ -50,15 +51,17 @@ def _check_engine(config: Any) -> None:
     """Raises RuntimeError or NotImplementedError, by name, for what this connector can't serve."""
     if error := version_error(vllm.__version__):
         raise RuntimeError(error)
-    if not current_platform.is_cpu():
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
         raise NotImplementedError(
-            f"verl_avar.rollout: the visual-attention backend runs on CPU only so far, not on "
+            f"verl_avar.rollout: the visual-attention backends run on NVIDIA GPUs and CPUs, not on "
             f"{current_platform.device_name}; remove its kv_transfer_config to run without scores and biases"
         )
     parallel = config.parallel_config
     for name in ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             raise NotImplementedError(f"verl_avar.rollout: {name} > 1 is not supported")
+    if parallel.use_ubatching:
+        raise NotImplementedError("verl_avar.rollout: dual-batch overlap (enable_dbo, ubatch_size) is not supported")
     if config.speculative_config is not None:
         raise NotImplementedError("verl_avar.rollout: speculative decoding is not supported")
 
@@ -91,13 +94,11 @@ class VisualAttentionConnector(KVConnectorBase_V1):
         from vllm.distributed import get_tp_group
         from vllm.model_executor.models.utils import extract_layer_index
 
-        from verl_avar.rollout.backend_cpu import RoleAttention
-
         config = self._vllm_config
         layers = config.compilation_config.static_forward_context
         names = sorted(kv_caches, key=extract_layer_index)
         impls = [layers[name].impl for name in names]
-        if stock := {type(impl).__name__ for impl in impls if not isinstance(impl, RoleAttention)}:
+        if stock := {type(impl).__name__ for impl in impls if not isinstance(impl, LinkedAttention)}:
             raise RuntimeError(
                 f"verl_avar.rollout: the connector is on but layers run {', '.join(stock)}: the vLLM plugin is not "
                 "active in this process (is verl_avar installed here, and allowed by VLLM_PLUGINS?)"
@@ -118,7 +119,7 @@ class VisualAttentionConnector(KVConnectorBase_V1):
             len(probed),
             config.scheduler_config.max_num_batched_tokens,
             first.num_heads,
-            torch.from_numpy(self._shared.array) if self._shared else None,
+            view_from(cache.device, self._shared.array) if self._shared else None,
             total_heads=first.num_heads * ranks,
             all_reduce=group.all_reduce if ranks > 1 else None,
             device=cache.device,
@@ -212,5 +213,7 @@ class VisualAttentionConnector(KVConnectorBase_V1):
         return False, {"visual_attention": score}
 
     def shutdown(self) -> None:
+        if self._state is not None and self._state.scores is not None:
+            release(self._state.scores, self._shared.array)
         if self._shared is not None:
             self._shared.close()

@@ -23,7 +23,13 @@ class LayerSlots:
     last: bool
 
 
-def link_layers(impls: list, state: SlotState, probed: list[int]) -> None:
+class LinkedAttention:
+    """What the attention implementations of all our backends are. slots: None until `link_layers`."""
+
+    slots: LayerSlots | None = None
+
+
+def link_layers(impls: list[LinkedAttention], state: SlotState, probed: list[int]) -> None:
     """Gives each attention implementation, in the model's order, its `LayerSlots`. probed: ascending layer numbers."""
     for number, impl in enumerate(impls):
         masses = state.masses[probed.index(number)] if number in probed else None

@@ -18,6 +18,7 @@ from verl_avar.roles import Role
 from verl_avar.rollout.options import RequestOptions
 
 T = TypeVar("T")
+ID_BYTES, BIAS_BYTES = 8, 8  # of a block's int64 id and its two float32 biases
 
 
 @dataclass
@@ -40,6 +41,12 @@ class BlockMarks:
         self.blocks.append(np.asarray(blocks, dtype=np.int64))
         self.roles.append(roles.reshape(len(blocks), block_size))
         self.bias.append(np.tile(np.float32([options.visual_bias, options.system_bias]), (len(blocks), 1)))
+
+    def packed(self) -> np.ndarray:
+        """All of it as bytes, for one copy to the device: ids, then biases, then roles. Returns uint8 [bytes]."""
+        return np.concatenate(
+            [np.concatenate(part).view(np.uint8).ravel() for part in (self.blocks, self.bias, self.roles)]
+        )
 
 
 class SlotState:
@@ -79,12 +86,14 @@ class SlotState:
         self._step.clear()
         if not marks.blocks:
             return
-        blocks = self._move(np.concatenate(marks.blocks))
-        self.roles.view(-1, self.block_size)[blocks] = self._move(np.concatenate(marks.roles))
-        self.bias[blocks] = self._move(np.concatenate(marks.bias))
-
-    def _move(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.roles.device, non_blocking=True)
+        packed = torch.from_numpy(marks.packed())
+        # In stream order, and without waiting: of memory that isn't pinned CUDA takes a copy before the call returns.
+        packed = packed.to(self.roles.device, non_blocking=True)
+        n = len(packed) // (ID_BYTES + BIAS_BYTES + self.block_size)
+        blocks, bias, roles = packed.split((n * ID_BYTES, n * BIAS_BYTES, n * self.block_size))
+        blocks = blocks.view(torch.int64)
+        self.bias[blocks] = bias.view(torch.float32).view(n, 2)
+        self.roles.view(-1, self.block_size)[blocks] = roles.view(n, self.block_size)
 
     def of_step(self, name: str, make: Callable[[], T]) -> T:
         """What `make` returns, made by the first layer of a step and kept for the others."""
@@ -104,7 +113,7 @@ class SlotState:
         if self.scores is None:
             return
         slots = slot_mapping.long()
-        slots = torch.where(slots < 0, len(self.roles), slots)
+        slots = slots.masked_fill(slots < 0, len(self.roles))
         self.scores.index_copy_(0, slots, layer_scores(sums / self.total_heads).T)
 
     def indicator(self, slots: torch.Tensor) -> torch.Tensor:
