@@ -22,6 +22,7 @@ from vllm.v1.attention.backend import (
     MultipleOf,
 )
 
+from verl_avar.rollout import requested
 from verl_avar.rollout.layer import LinkedAttention, refuse
 from verl_avar.rollout.triton_attention import Workspace, paged_attention, write_cache
 
@@ -54,6 +55,11 @@ class PagedRoleMetadataBuilder(AttentionMetadataBuilder[PagedRoleMetadata]):
 
     def __init__(self, kv_cache_spec, layer_names: list[str], vllm_config, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        if not requested(vllm_config):  # vLLM remembers a layer's backend by "has a KV connector", not by which one
+            raise RuntimeError(
+                "verl_avar.rollout: an earlier engine of this process asked for the visual-attention backend and this "
+                "one, with another KV connector, was given it too: build them in two processes"
+            )
         impl = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl
         requests = vllm_config.scheduler_config.max_num_seqs
         self.workspace = Workspace.allocate(requests, impl.num_heads, impl.head_size, device)

@@ -55,6 +55,10 @@ def register() -> None:
             register_backend(AttentionBackendEnum.CPU_ATTN, CPU_BACKEND)
             vllm_cpu_linear.apply()
             vllm_wide_kv_cache.apply()
+        elif current_platform.is_cuda():
+            from verl_avar.compat import vllm_cuda_attention
+
+            vllm_cuda_attention.apply(type(current_platform))
     except Exception:
         logger.exception("verl_avar: registering with vLLM failed")
         raise
