@@ -29,8 +29,9 @@ def __getattr__(name: str) -> type:
 def gpu_backend(asked: Any, layer: Any, capability: Any) -> str:
     """The path of our GPU backend, for one layer of an engine that asks for the connector.
 
-    asked: the backend of the engine's own options (an AttentionBackendEnum) or None. layer: its AttentionSelectorConfig.
-    capability: the GPU's. Raises NotImplementedError naming what the backend lacks, or the option that contradicts it.
+    asked: the backend that the engine's options name (an AttentionBackendEnum) or None. layer: the layer's
+    AttentionSelectorConfig. capability: the GPU's. Raises NotImplementedError naming what the backend lacks, or the
+    option that contradicts it.
     """
     from verl_avar.rollout.backend_gpu import PagedRoleBackend
 
@@ -43,7 +44,7 @@ def gpu_backend(asked: Any, layer: Any, capability: Any) -> str:
     lacking = PagedRoleBackend.validate_configuration(device_capability=capability, **layer._asdict())
     if lacking:
         raise NotImplementedError(
-            f"verl_avar.rollout: the visual-attention backend can't serve this model ({', '.join(lacking)}; {layer}): "
-            f"change that, {remedy}"
+            f"verl_avar.rollout: the visual-attention backend can't serve this model ({', '.join(lacking)}; heads of "
+            f"{layer.head_size}, {layer.dtype}, KV cache {layer.kv_cache_dtype}): change that, {remedy}"
         )
     return ".".join(PagedRoleBackend.full_cls_name())
