@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import verl_avar
 from verl_avar.evaluation import correlate, intervene, vas_command
+from verl_avar.rollout import serve
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,10 +22,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=text, description=module.__doc__.split("\n\n")[0])
         module.add_arguments(command)
         command.set_defaults(run=module.run)
+    add_serve(commands)
     add_doctor(commands)
     add_report(commands)
-    arguments = parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.run is serve.run:  # what we don't know is for vLLM
+        return serve.run(arguments, rest, commands.choices["serve"])
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return arguments.run(arguments)
+
+
+def add_serve(commands: argparse._SubParsersAction) -> None:
+    """avar serve"""
+    text = "vLLM's OpenAI server with visual-attention scores and a bias per request"
+    parser = commands.add_parser("serve", help=text, description=text, add_help=False, allow_abbrev=False)
+    serve.add_arguments(parser)
+    parser.set_defaults(run=serve.run)
 
 
 def add_doctor(commands: argparse._SubParsersAction) -> None:

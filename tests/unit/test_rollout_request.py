@@ -8,7 +8,7 @@ from verl_avar.roles import ChatTokens, Role
 from verl_avar.rollout import kv_transfer_config, request, requested
 from verl_avar.rollout.options import RequestOptions
 from verl_avar.rollout.plugin import version_error
-from verl_avar.rollout.scores import SharedScores, shared_folder
+from verl_avar.rollout.scores import COLUMNS, SharedScores, shared_folder
 
 START, END, NEWLINE, IMAGE = 1, 2, 3, 9
 CHAT = ChatTokens(
@@ -38,8 +38,8 @@ def _engine(**extra_config):
     return SimpleNamespace(kv_transfer_config=transfer, model_config=None)
 
 
-def _request(extra_args, ids=PROMPT, features=()):
-    params = SimpleNamespace(extra_args=extra_args)
+def _request(extra_args, ids=PROMPT, features=(), stop=()):
+    params = SimpleNamespace(extra_args=extra_args, stop=list(stop))
     return SimpleNamespace(sampling_params=params, prompt_token_ids=ids, mm_features=list(features), resumable=False)
 
 
@@ -48,10 +48,17 @@ def _request(extra_args, ids=PROMPT, features=()):
     [
         ({"visual_bias": float("nan")}, "visual_bias must be finite"),
         ({"visual_bias": 21}, "within ±20"),
+        ({"visual_bias": 10**400}, r"within ±20, got 10{17}\.\.\."),  # too large for a float
         ({"system_bias": "1.0"}, "system_bias must be a number"),
         ({"system_bias": True}, "system_bias must be a number"),
+        ({"system_bias": [1.0]}, "system_bias must be a number"),
+        ({"system_bias": None}, "system_bias must be a number"),
         ({"attention_scores": "all"}, "summary, tokens"),
+        ({"attention_scores": ["tokens"]}, "summary, tokens"),
         ({"visual_bais": 1.0}, "unknown option 'visual_bais'"),
+        ({"Visual-Bias": 1.0}, "unknown option 'Visual-Bias'"),
+        ({"visual" * 99: 1.0}, r"unknown option 'visualvis.{,30}'; known"),
+        ({"attention_layers": [0]}, "attention_layers is engine-wide"),
     ],
 )
 def test_bad_options_are_named(values, complaint):
@@ -61,9 +68,16 @@ def test_bad_options_are_named(values, complaint):
 
 def test_a_request_overrides_the_engines_defaults_and_leaves_other_plugins_keys_alone():
     defaults = RequestOptions(visual_bias=0.5, attention_scores="tokens")
-    options = RequestOptions.from_mapping({"visual_bias": 0, "kv_transfer_params": {}}, defaults)
+    options = RequestOptions.from_mapping({"visual_bias": 0, "kv_transfer_params": {}, "bias": "x", 3: 4}, defaults)
     assert options == RequestOptions(visual_bias=0, attention_scores="tokens")
     assert not options.biased
+
+
+def test_in_the_connectors_config_every_key_is_ours():
+    options = RequestOptions.from_config({"system_bias": -1, "attention_layers": [0]})
+    assert options == RequestOptions(system_bias=-1)
+    with pytest.raises(ValueError, match=r"unknown option 'bias'; known: .*attention_layers"):
+        RequestOptions.from_config({"bias": 1})
 
 
 def test_equal_biases_share_a_salt_and_others_do_not():
@@ -90,6 +104,40 @@ def test_a_bias_on_a_prompt_without_roles_is_refused_and_a_score_is_not(monkeypa
     with pytest.raises(ValueError, match="no turn starts"):
         request.refuse_bad_request(_engine(), _request({"visual_bias": 1.0}, ids=[20, 21]))
     request.refuse_bad_request(_engine(), _request(None, ids=[20, 21]))
+
+
+def test_a_request_leaves_with_the_options_that_hold_for_it():
+    asked = _request({"attention_scores": "tokens", "other": 1})
+    request.refuse_bad_request(_engine(), asked)
+    held = RequestOptions(attention_scores="tokens").as_dict()
+    assert asked.sampling_params.extra_args == held | {"other": 1}
+    assert request.has_options(asked)
+    assert not request.has_options(_request({"attention_scores": "tokens"}))
+
+
+def test_scores_are_refused_beside_stop_strings_only_where_they_were_asked_for():
+    with pytest.raises(ValueError, match="give stop_token_ids"):
+        request.refuse_bad_request(_engine(), _request({"attention_scores": "summary"}, stop=["."]))
+    request.refuse_bad_request(_engine(attention_scores="tokens"), _request(None, stop=["."]))
+
+
+@pytest.mark.parametrize(
+    ("extra_config", "complaint"),
+    [
+        ({"visual_bias": 99}, "visual_bias must be finite"),
+        ({"layers": [0]}, "unknown option 'layers'"),
+        ({"attention_layers": [0, 0]}, "attention_layers names a layer twice"),
+    ],
+)
+def test_a_bad_config_of_the_connector_is_one_line_that_names_it(extra_config, complaint):
+    engine = _engine()
+    engine.kv_transfer_config.kv_connector_extra_config = extra_config
+    with pytest.raises(ValueError, match=f"kv_connector_extra_config of VisualAttentionConnector: {complaint}"):
+        request.check_engine(engine)
+
+
+def test_an_engine_without_the_connector_is_not_checked():
+    request.check_engine(SimpleNamespace(kv_transfer_config=None))
 
 
 def test_a_prompt_in_parts_is_refused():
@@ -133,7 +181,7 @@ def test_shared_scores_reach_the_reader_and_leave_no_file():
     other = SharedScores.create("unit-test-other", 8)
     reader = SharedScores.open("unit-test")
     writer.array[3] = 7
-    assert reader.array[3].tolist() == [7] * 4
+    assert reader.array[3].tolist() == [7] * COLUMNS
     assert not writer.path.exists()
     other.close()
     assert not list(shared_folder().glob("avar-scores-unit-test*"))

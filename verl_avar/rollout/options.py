@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 MAX_BIAS = 20.0  # e^20 already silences or saturates a role; more is a typo, and inf would be NaN after the softmax
 SCORE_FORMS = ("summary", "tokens")
+ENGINE_WIDE = "attention_layers"  # an option of the engine (`engine_options`), not of a request
+LIKE_OURS = ("visual", "system", "attention")  # a key that starts so is ours or a mistake
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,13 @@ class RequestOptions:
         for name in ("visual_bias", "system_bias"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ValueError(f"{name} must be a number, got {value!r}")
-            if not math.isfinite(value) or abs(value) > MAX_BIAS:
-                raise ValueError(f"{name} must be finite and within ±{MAX_BIAS:g}, got {value!r}")
-        if self.attention_scores not in SCORE_FORMS:
-            raise ValueError(f"attention_scores must be one of {', '.join(SCORE_FORMS)}, got {self.attention_scores!r}")
+                raise ValueError(f"{name} must be a number, got {reprlib.repr(value)}")
+            if not abs(value) <= MAX_BIAS:  # NaN compares false; an int may be too large for a float
+                raise ValueError(f"{name} must be finite and within ±{MAX_BIAS:g}, got {reprlib.repr(value)}")
+        if not isinstance(self.attention_scores, str) or self.attention_scores not in SCORE_FORMS:
+            raise ValueError(
+                f"attention_scores must be one of {', '.join(SCORE_FORMS)}, got {reprlib.repr(self.attention_scores)}"
+            )
 
     @property
     def biased(self) -> bool:
@@ -48,17 +52,27 @@ class RequestOptions:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], defaults: RequestOptions | None = None) -> RequestOptions:
-        """Reads our keys out of `extra_args` (or of the connector's config) over the engine's defaults.
+        """Reads our keys out of `extra_args` over the engine's defaults.
 
-        Keys of other plugins are left alone; one that starts like ours and is none of them is a ValueError.
+        Keys of other plugins are left alone; one that starts like ours (`LIKE_OURS`) and is none is a ValueError.
         """
         merged = (defaults or cls()).as_dict()
         for key, value in values.items():
             if key in OPTION_KEYS:
                 merged[key] = value
-            elif key.startswith(("visual_", "system_", "attention_")):
-                raise ValueError(f"unknown option {key!r}; known: {', '.join(OPTION_KEYS)}")
+            elif key == ENGINE_WIDE:
+                raise ValueError(f"{key} is engine-wide: set it where the engine starts, not in a request")
+            elif str(key).casefold().startswith(LIKE_OURS):
+                raise ValueError(f"unknown option {reprlib.repr(key)}; known: {', '.join(OPTION_KEYS)}")
         return cls(**merged)
+
+    @classmethod
+    def from_config(cls, values: Mapping[str, Any]) -> RequestOptions:
+        """The engine's defaults, from the connector's config. Every key is ours: an unknown one is a ValueError."""
+        known = (*OPTION_KEYS, ENGINE_WIDE)
+        if strange := [key for key in values if key not in known]:
+            raise ValueError(f"unknown option {reprlib.repr(strange[0])}; known: {', '.join(known)}")
+        return cls(**{key: value for key, value in values.items() if key != ENGINE_WIDE})
 
 
 OPTION_KEYS = tuple(field.name for field in fields(RequestOptions))

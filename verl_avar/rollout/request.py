@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from verl_avar.roles import ChatTokens, Role, token_roles
-from verl_avar.rollout import requested
-from verl_avar.rollout.engine_options import request_defaults
+from verl_avar.rollout import CONNECTOR, requested
+from verl_avar.rollout.engine_options import LAYERS_KEY, check_layers
 from verl_avar.rollout.options import OPTION_KEYS, RequestOptions
 
 VISUAL_MODALITIES = ("image", "video")
+STOP_STRING = "vLLM finds stop strings outside of the engine, which then drops the score"
 
 
 def chat_tokens(model_config: Any) -> ChatTokens:
@@ -62,22 +64,64 @@ def prompt_roles(prompt_token_ids: list[int] | None, mm_features: list[Any] | No
     return roles
 
 
-def refuse_bad_request(vllm_config: Any, request: Any) -> None:
-    """Raises ValueError for a request (`EngineCoreRequest`) whose options are bad, can't be honoured because its roles
-    can't be determined, or would be ignored because this engine runs without the connector."""
-    params = request.sampling_params
-    if params is None:
-        return
-    extra = params.extra_args or {}
+def check_engine(vllm_config: Any) -> None:
+    """Raises ValueError where an engine's connector config or tokenizer would fail it, before it loads the model."""
+    if requested(vllm_config):
+        extra_config = vllm_config.kv_transfer_config.kv_connector_extra_config
+        try:
+            RequestOptions.from_config(extra_config)
+            check_layers(extra_config.get(LAYERS_KEY))
+        except ValueError as error:
+            raise ValueError(f"kv_connector_extra_config of {CONNECTOR}: {error}") from None
+        chat_tokens(vllm_config.model_config)
+
+
+def request_options(vllm_config: Any, extra_args: Mapping[str, Any] | None, stop: Any) -> RequestOptions | None:
+    """The options of a request with these `extra_args` and stop strings; None on an engine without the connector.
+
+    Raises ValueError for a bad option, one that would be ignored because this engine runs without the connector, and a
+    question for scores where there will be none.
+    """
+    extra = extra_args or {}
     if not requested(vllm_config):
         if unheard := [key for key in OPTION_KEYS if key in extra]:
             raise ValueError(
                 f"{', '.join(unheard)}: this engine runs without the visual-attention connector; start it with "
-                "kv_transfer_config=verl_avar.rollout.kv_transfer_config()"
+                "avar serve, or with kv_transfer_config=verl_avar.rollout.kv_transfer_config()"
             )
+        return None
+    if "attention_scores" in extra and stop:
+        raise ValueError(
+            f"attention_scores with stop strings: {STOP_STRING}; give stop_token_ids, or leave attention_scores out"
+        )
+    defaults = RequestOptions.from_config(vllm_config.kv_transfer_config.kv_connector_extra_config)
+    return RequestOptions.from_mapping(extra, defaults)
+
+
+def refuse_bad_request(vllm_config: Any, request: Any) -> None:
+    """Raises ValueError for a request (`EngineCoreRequest`) whose options are bad (`request_options`) or can't be
+    honoured because its roles can't be determined.
+
+    Writes the options that hold for it, the engine's defaults included, into its `extra_args`.
+    """
+    params = request.sampling_params
+    if params is None or (options := request_options(vllm_config, params.extra_args, params.stop)) is None:
         return
     if getattr(request, "resumable", False):
         raise ValueError("prompts that arrive in parts (streaming input) can't be scored; send the prompt as a whole")
-    defaults = request_defaults(vllm_config.kv_transfer_config.kv_connector_extra_config)
-    if RequestOptions.from_mapping(extra, defaults).biased:
+    if options.biased:
         prompt_roles(request.prompt_token_ids, request.mm_features, chat_tokens(vllm_config.model_config))
+    params.extra_args = {**(params.extra_args or {}), **options.as_dict()}
+
+
+def has_options(request: Any) -> bool:
+    """Whether an `EngineCoreRequest` went through `refuse_bad_request` on an engine with the connector."""
+    params = request.sampling_params
+    return params is not None and set(OPTION_KEYS) <= (params.extra_args or {}).keys()
+
+
+def unscored(n: int, reason: str) -> dict[str, Any]:
+    """The `visual_attention` of a response of n tokens that has no score."""
+    from verl_avar.reward import SCORES
+
+    return {**dict.fromkeys(SCORES), "n": n, "reason": reason}
