@@ -40,6 +40,7 @@ def apply() -> None:
         )
 
     make_request_output.scores_every_choice = True
+    RequestState.is_scored = False  # one that something else builds
     RequestState.from_new_request = classmethod(from_new_request)
     RequestState.make_request_output = make_request_output
 
