@@ -162,8 +162,9 @@ def attention_kernel(
     lift2 = (rest - lift1.to(tl.float32)).to(q.dtype)
     lift = tl.where(column[None, :] < 2, lift0, tl.where(column[None, :] < 4, lift1, lift2))
     lift = tl.where(column[None, :] < _ONES, lift, tl.zeros_like(lift))
-    # A layer that reports no masses reads roles for a bias only.
-    wanted = True if PROBE else tl.max(tl.maximum(tl.abs(visual_bias), tl.abs(system_bias)), 0) > 0.0
+    role_limit = limit
+    if not PROBE:  # without masses roles are read for a bias only
+        role_limit = tl.where(tl.max(tl.maximum(tl.abs(visual_bias), tl.abs(system_bias)), 0) > 0.0, limit, 0)
     if UPCAST:
         q = q.to(tl.float32)
         lift = lift.to(tl.float32)
@@ -175,7 +176,7 @@ def attention_kernel(
     table += request.to(tl.int64) * table_stride
     cache += kv_head * (2 * HEAD_SIZE)
     key_index = low * TILE + tl.arange(0, TILE)
-    role = _slots_roles(roles, table, key_index, (key_index < limit) & wanted, BLOCK_SIZE)
+    role = _slots_roles(roles, table, key_index, key_index < role_limit, BLOCK_SIZE)
     for tile in range(low, high):
         key_index = tile * TILE + tl.arange(0, TILE)
         present = key_index < limit
@@ -191,9 +192,9 @@ def attention_kernel(
         k = tl.load(cache + kv_row[:, None] + size[None, :], mask=readable, other=0.0)
         v = tl.load(cache + HEAD_SIZE + kv_row[:, None] + size[None, :], mask=readable, other=0.0)
         ride = ride_rows + role.to(tl.int32)[:, None] * RIDE_STRIDE + column[None, :]
-        rides = tl.load(ride, mask=(present & wanted)[:, None], other=0.0)
+        rides = tl.load(ride, mask=(key_index < role_limit)[:, None], other=0.0)
         # Roles come a tile ahead: Triton's pipeliner does not copy single bytes.
-        role = _slots_roles(roles, table, key_index + TILE, (key_index + TILE < limit) & wanted, BLOCK_SIZE)
+        role = _slots_roles(roles, table, key_index + TILE, key_index + TILE < role_limit, BLOCK_SIZE)
         if UPCAST:
             k = k.to(tl.float32)
             v = v.to(tl.float32)
