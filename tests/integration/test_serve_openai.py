@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -178,6 +179,20 @@ def test_a_stream_has_the_score_in_the_chunk_that_ends_it(post, alone):
         assert scored["choices"][0]["finish_reason"] == "length"
         assert figures(score_of(scored)) == close_to(answer.score)
         assert chunks[-1]["usage"]["completion_tokens"] == len(answer.ids) and chunks[-1]["choices"] == []
+
+
+def test_a_client_that_leaves_a_stream_ends_its_request(server):
+    def generated():
+        return server.metrics()["vllm:generation_tokens_total"]
+
+    before, asked = generated(), 400
+    with httpx.stream("POST", f"{server.url}{CHAT}", json=ASK.body(stream=True, max_tokens=asked)) as reply:
+        assert next(line for line in reply.iter_lines() if "finish_reason" in line)
+    last = -1
+    while (now := generated()) != last:  # until nothing is generated any more
+        last = now
+        time.sleep(1)
+    assert 0 < now - before < asked
 
 
 def test_every_choice_of_one_prompt_has_its_own_score(post, eager):
