@@ -7,7 +7,6 @@ import pytest
 from verl_avar.roles import ChatTokens, Role
 from verl_avar.rollout import kv_transfer_config, request, requested
 from verl_avar.rollout.options import RequestOptions
-from verl_avar.rollout.plugin import version_error
 from verl_avar.rollout.scores import COLUMNS, SharedScores, shared_folder
 
 START, END, NEWLINE, IMAGE = 1, 2, 3, 9
@@ -165,15 +164,6 @@ def test_only_our_connector_turns_the_backend_on():
     assert not requested(SimpleNamespace(kv_transfer_config=None))
     other = SimpleNamespace(kv_connector="NixlConnector", kv_connector_module_path=None)
     assert not requested(SimpleNamespace(kv_transfer_config=other))
-
-
-def test_a_vllm_out_of_range_is_named_with_the_range(monkeypatch):
-    assert version_error("0.24.0") is None
-    assert version_error("0.27.1+cpu") is None
-    for version in ("0.23.0", "0.28.0rc1", "1.0.0", "dev"):
-        assert "0.24 to 0.27" in version_error(version)
-    monkeypatch.setenv("VERL_AVAR_UNTESTED_VLLM", "1")
-    assert version_error("0.28.0") is None
 
 
 def test_shared_scores_reach_the_reader_and_leave_no_file():

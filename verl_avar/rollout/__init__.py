@@ -26,10 +26,10 @@ def kv_transfer_config(
 
     The first three are the engine's defaults, and a request overrides them through `SamplingParams.extra_args`.
     attention_layers: the layers that are scored, all by default; a bias always works in every layer.
-    Raises ValueError for a value out of range (see `options.RequestOptions`, `engine_options.check_layers`).
+    Raises ValueError for a value out of range (see `options.RequestOptions`, `probed_layers.check_layers`).
     """
-    from verl_avar.rollout.engine_options import LAYERS_KEY, check_layers
-    from verl_avar.rollout.options import RequestOptions
+    from verl_avar.rollout.options import LAYERS_KEY, RequestOptions
+    from verl_avar.rollout.probed_layers import check_layers
 
     check_layers(attention_layers)
     layers = {} if attention_layers is None else {LAYERS_KEY: list(attention_layers)}

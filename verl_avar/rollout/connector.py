@@ -15,18 +15,17 @@ import vllm
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole
 from vllm.platforms import current_platform
 
-from verl_avar.reward import SCORES, summarise
+from verl_avar.reward import summarise
 from verl_avar.roles import Role
-from verl_avar.rollout.engine_options import probed_layers, request_defaults
 from verl_avar.rollout.layer import LinkedAttention, link_layers
 from verl_avar.rollout.options import RequestOptions
 from verl_avar.rollout.pinned import release, view_from
 from verl_avar.rollout.plugin import version_error
-from verl_avar.rollout.request import chat_tokens, prompt_roles
+from verl_avar.rollout.probed_layers import probed_layers
+from verl_avar.rollout.request import chat_tokens, prompt_roles, unscored
 from verl_avar.rollout.scores import SharedScores
 from verl_avar.rollout.slots import BlockMarks, SlotState
 
-NO_SCORE = dict.fromkeys(SCORES)
 UNSCORED_SALT = "avar:unscored"
 
 
@@ -77,7 +76,7 @@ class VisualAttentionConnector(KVConnectorBase_V1):
         self._shared: SharedScores | None = None
         self._state: SlotState | None = None
         if role is KVConnectorRole.SCHEDULER:
-            self._defaults = request_defaults(vllm_config.kv_transfer_config.kv_connector_extra_config)
+            self._defaults = RequestOptions.from_config(vllm_config.kv_transfer_config.kv_connector_extra_config)
             self._chat = chat_tokens(vllm_config.model_config)
             self._requests: dict[str, Tracked] = {}
             self._shared = SharedScores.open(self._engine_id)
@@ -199,7 +198,7 @@ class VisualAttentionConnector(KVConnectorBase_V1):
         if len(block_ids) * self._block_size < request.num_prompt_tokens - 1 + n:
             no_score = "aborted while it had no place in the KV cache"
         if no_score is not None:
-            return False, {"visual_attention": {**NO_SCORE, "n": n, "reason": no_score}}
+            return False, {"visual_attention": unscored(n, no_score)}
         blocks = np.asarray(block_ids, dtype=np.int64)[position // self._block_size]
         scores = self._shared.array[blocks * self._block_size + position % self._block_size]
         has_system = bool((tracked.roles == Role.SYSTEM).any())

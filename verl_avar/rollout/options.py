@@ -9,7 +9,7 @@ from typing import Any
 
 MAX_BIAS = 20.0  # e^20 already silences or saturates a role; more is a typo, and inf would be NaN after the softmax
 SCORE_FORMS = ("summary", "tokens")
-ENGINE_WIDE = "attention_layers"  # an option of the engine (`engine_options`), not of a request
+LAYERS_KEY = "attention_layers"  # an option of the engine (`probed_layers`), not of a request
 LIKE_OURS = ("visual", "system", "attention")  # a key that starts so is ours or a mistake
 
 
@@ -60,7 +60,7 @@ class RequestOptions:
         for key, value in values.items():
             if key in OPTION_KEYS:
                 merged[key] = value
-            elif key == ENGINE_WIDE:
+            elif key == LAYERS_KEY:
                 raise ValueError(f"{key} is engine-wide: set it where the engine starts, not in a request")
             elif str(key).casefold().startswith(LIKE_OURS):
                 raise ValueError(f"unknown option {reprlib.repr(key)}; known: {', '.join(OPTION_KEYS)}")
@@ -69,10 +69,10 @@ class RequestOptions:
     @classmethod
     def from_config(cls, values: Mapping[str, Any]) -> RequestOptions:
         """The engine's defaults, from the connector's config. Every key is ours: an unknown one is a ValueError."""
-        known = (*OPTION_KEYS, ENGINE_WIDE)
+        known = (*OPTION_KEYS, LAYERS_KEY)
         if strange := [key for key in values if key not in known]:
             raise ValueError(f"unknown option {reprlib.repr(strange[0])}; known: {', '.join(known)}")
-        return cls(**{key: value for key, value in values.items() if key != ENGINE_WIDE})
+        return cls(**{key: value for key, value in values.items() if key != LAYERS_KEY})
 
 
 OPTION_KEYS = tuple(field.name for field in fields(RequestOptions))

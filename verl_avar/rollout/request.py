@@ -11,8 +11,8 @@ import numpy as np
 
 from verl_avar.roles import ChatTokens, Role, token_roles
 from verl_avar.rollout import CONNECTOR, requested
-from verl_avar.rollout.engine_options import LAYERS_KEY, check_layers
-from verl_avar.rollout.options import OPTION_KEYS, RequestOptions
+from verl_avar.rollout.options import LAYERS_KEY, OPTION_KEYS, RequestOptions
+from verl_avar.rollout.probed_layers import check_layers
 
 VISUAL_MODALITIES = ("image", "video")
 STOP_STRING = "vLLM finds stop strings outside of the engine, which then drops the score"

@@ -1,18 +1,11 @@
-"""What an engine is told once, in its connector's extra config: defaults of its requests, and the probed layers."""
+"""The layers whose attention is scored: an option of the engine, in its connector's extra config."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from verl_avar.rollout.options import RequestOptions
-
-LAYERS_KEY = "attention_layers"
-
-
-def request_defaults(extra_config: Mapping[str, Any]) -> RequestOptions:
-    """The options of a request that names none. Raises ValueError for an unknown key or a bad value."""
-    return RequestOptions.from_mapping({key: value for key, value in extra_config.items() if key != LAYERS_KEY})
+from verl_avar.rollout.options import LAYERS_KEY
 
 
 def check_layers(layers: Sequence[int] | None) -> None:
