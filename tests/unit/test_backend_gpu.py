@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from verl_avar.rollout import kv_transfer_config
+
 
 @pytest.fixture(scope="module")
 def interpreted():
@@ -79,13 +81,12 @@ def test_a_layer_that_the_kernels_lack_is_refused_by_name(feature, name):
         PagedRoleAttention(4, 32, 1.0, 2, **feature)
 
 
-def _builder(connector="VisualAttentionConnector"):
+def _builder(**other):
     from verl_avar.rollout.backend_gpu import PagedRoleAttention, PagedRoleMetadataBuilder
 
     layer = SimpleNamespace(impl=PagedRoleAttention(4, 32, 1.0, 2))
-    transfer = SimpleNamespace(kv_connector=connector, kv_connector_module_path="verl_avar.rollout.connector")
     config = SimpleNamespace(
-        kv_transfer_config=transfer,
+        kv_transfer_config=SimpleNamespace(**kv_transfer_config() | other),
         scheduler_config=SimpleNamespace(max_num_seqs=4),
         compilation_config=SimpleNamespace(static_forward_context={"layers.0": layer}),
     )
@@ -99,7 +100,7 @@ def test_non_causal_attention_is_refused_by_name():
 
 def test_an_engine_with_another_connector_that_got_our_backend_is_told_so():
     with pytest.raises(RuntimeError, match="two processes"):
-        _builder(connector="ExampleConnector")
+        _builder(kv_connector="ExampleConnector")
 
 
 def test_full_graphs_are_captured_for_decodes_alone():

@@ -36,7 +36,7 @@ class PagedRoleMetadata(AttentionMetadata):
 
     tokens: rows of the step, padding included where the step runs as a full graph. max_query_len: what the launch is
     chosen by; an upper bound. query_start int32 [requests + 1], seq_lens int32 [requests], block_table int32
-    [requests, blocks], slot_mapping int64 [>= tokens] (-1: padding).
+    [requests, blocks], slot_mapping int64 [tokens] (-1: padding).
     """
 
     tokens: int
@@ -76,7 +76,7 @@ class PagedRoleMetadataBuilder(AttentionMetadataBuilder[PagedRoleMetadata]):
             query_start=common.query_start_loc,
             seq_lens=common.seq_lens,
             block_table=common.block_table_tensor,
-            slot_mapping=common.slot_mapping,
+            slot_mapping=common.slot_mapping[: common.num_actual_tokens],
             workspace=self.workspace,
         )
 
@@ -192,8 +192,7 @@ class PagedRoleAttention(LinkedAttention, AttentionImpl):
         if attn_metadata is None:  # vLLM's profiling run
             return output.fill_(0)
         step, tokens = attn_metadata, attn_metadata.tokens
-        slot_mapping, cache = step.slot_mapping[:tokens], kv_cache.transpose(1, 2)
-        masses = None
+        cache, masses = kv_cache.transpose(1, 2), None
         if self.slots is not None:
             roles, bias, masses = self.slots.state.roles, self.slots.state.bias, self.slots.masses
         else:  # vLLM captures graphs on a small cache to see what they cost, before the connector has the real one
@@ -201,14 +200,14 @@ class PagedRoleAttention(LinkedAttention, AttentionImpl):
             bias = torch.zeros(cache.shape[0], 2, device=cache.device)
         if masses is not None and len(masses) < tokens:
             raise RuntimeError(f"verl_avar.rollout: a step of {tokens} tokens, room for the masses of {len(masses)}")
-        write_cache(key[:tokens], value[:tokens], cache, slot_mapping)
+        write_cache(key, value, cache, step.slot_mapping)
         paged_attention(
             query[:tokens],
             cache,
             step.block_table,
             step.query_start,
             step.seq_lens,
-            slot_mapping,
+            step.slot_mapping,
             roles,
             bias,
             output[:tokens],
@@ -218,5 +217,5 @@ class PagedRoleAttention(LinkedAttention, AttentionImpl):
             workspace=step.workspace,
         )
         if self.slots is not None and self.slots.last:
-            self.slots.state.finish(slot_mapping)
+            self.slots.state.finish(step.slot_mapping)
         return output
