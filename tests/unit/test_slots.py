@@ -79,3 +79,10 @@ def test_what_a_steps_first_layer_made_serves_the_others_of_that_step_only():
     assert [state.of_step("x", lambda: next(made)) for _ in range(3)] == [0, 0, 0]
     state.begin(BlockMarks())
     assert state.of_step("x", lambda: next(made)) == 1
+
+
+def test_what_an_engines_first_layer_made_outlives_the_step():
+    state, made = _state(), iter(range(9))
+    assert state.of_engine("x", lambda: next(made)) == 0
+    state.begin(BlockMarks())
+    assert state.of_engine("x", lambda: next(made)) == 0

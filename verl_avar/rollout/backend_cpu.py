@@ -8,10 +8,9 @@ One call of the stock kernel then gives output and masses, whatever its blocking
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.backends import cpu_attn
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl, CPUAttentionMetadata
 
 from verl_avar.rollout.layer import LinkedAttention, refuse, unlinked
@@ -20,12 +19,15 @@ from verl_avar.rollout.slots import SlotState
 RIDERS = 4  # key columns: indicators of VISUAL and SYSTEM, twice
 
 
-def ridden_head_size(head_size: int) -> int:
-    """The smallest head size with room for the riders that the stock kernel has a fast variant of (multiples of 32).
+def ridden_head_size(head_size: int, isa: str) -> int:
+    """The smallest head size with room for the riders that the stock kernel has a variant of as fast as the model's.
 
+    isa: the instructions that the stock kernel would use for the model's own heads (vLLM's `_get_attn_isa`). Vector
+    instructions take multiples of 16, matrix instructions (AMX, NEON's) only multiples of 32.
     Raises NotImplementedError where there is none.
     """
-    sizes = [size for size in CPUAttentionBackend.get_supported_head_sizes() if size % 32 == 0]
+    step = 16 if isa in ("vec", "vec16") else 32
+    sizes = [size for size in CPUAttentionBackend.get_supported_head_sizes() if size % step == 0]
     wide = [size for size in sizes if size >= head_size + RIDERS]
     if not wide:
         raise NotImplementedError(
@@ -35,32 +37,36 @@ def ridden_head_size(head_size: int) -> int:
     return min(wide)
 
 
-@dataclass
-class Riders:
-    """One step's extra columns, in the dtype of the model: query [tokens, 1, W], key and value [tokens, 1, W]."""
+class RiddenRows:
+    """The rows of a step as the kernel takes and makes them: query and output [tokens, H, D + W], key and value
+    [tokens, H_kv, D + W], in the dtype of the model. Every layer writes its own first D columns; the riders are those
+    of all layers.
 
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
+    They lie in `buffers`, which an engine makes once (`RiddenRows.buffers`): fresh memory costs more than the copy.
+    """
 
-    @classmethod
-    def of(cls, state: SlotState, slots: torch.Tensor, width: int, scale: float, dtype: torch.dtype) -> Riders:
-        """slots: int64 [tokens], where each token's own key lies. width: W >= RIDERS."""
-        bias = state.bias_of(slots) / scale
-        coarse = bias.to(dtype)
-        # What half precision rounds off the bias goes with the second pair of columns.
-        fine = (bias - coarse.float()).to(dtype)
-        indicator = state.indicator(slots).to(dtype)
-        query, key, value = torch.zeros(3, len(slots), 1, width, dtype=dtype)
-        query[:, 0, :RIDERS] = torch.cat((coarse, fine), dim=1)
-        key[:, 0, :RIDERS] = torch.cat((indicator, indicator), dim=1)
-        value[:, 0, :2] = indicator
-        return cls(query, key, value)
+    def __init__(self, buffers: list[torch.Tensor], size: int, state: SlotState, slots: torch.Tensor, scale: float):
+        """size: D. slots: int64 [tokens], where each token's own key lies. scale: of the logits."""
+        rows = [buffer[: len(slots)] for buffer in buffers]
+        self.query, self.key, self.value, self.output = rows
+        self.plain_inputs = [row[..., :size] for row in rows[:3]]
+        self.plain_output = self.output[..., :size]
+        self.masses = self.output[..., size : size + 2]
+        bias = (state.bias_of(slots) / scale)[:, None]
+        coarse = self.query[..., size : size + 2]
+        coarse.copy_(bias)
+        indicator = state.indicator(slots)[:, None]
+        self.key[..., size : size + 2] = indicator
+        self.value[..., size : size + 2] = indicator
+        if coarse.dtype != bias.dtype:
+            # What half precision rounds off the bias goes with the second pair of columns.
+            self.query[..., size + 2 : size + RIDERS] = bias - coarse.to(bias.dtype)
+            self.key[..., size + 2 : size + RIDERS] = indicator
 
-
-def _ride(rows: torch.Tensor, riders: torch.Tensor) -> torch.Tensor:
-    """[tokens, heads, D] and [tokens, 1, W] -> [tokens, heads, D + W]."""
-    return torch.cat((rows, riders.expand(-1, rows.shape[1], -1)), dim=-1)
+    @staticmethod
+    def buffers(tokens: int, heads: int, kv_heads: int, ridden_size: int, dtype: torch.dtype) -> list[torch.Tensor]:
+        """For at most `tokens` tokens: query, key, value, output."""
+        return [torch.zeros(tokens, n, ridden_size, dtype=dtype) for n in (heads, kv_heads, kv_heads, heads)]
 
 
 class RoleAttentionBackend(CPUAttentionBackend):
@@ -97,10 +103,11 @@ class RoleAttention(LinkedAttention, CPUAttentionBackendImpl):
             kv_sharing=kv_sharing_target_layer_name,
             **others,
         )
+        config = cpu_attn.get_current_vllm_config()
+        isa = cpu_attn._get_attn_isa(config.model_config.dtype, config.cache_config.block_size, head_size)
+        ridden = ridden_head_size(head_size, isa)
         self.plain_head_size = head_size
-        super().__init__(
-            num_heads, ridden_head_size(head_size), scale, num_kv_heads, None, None, kv_cache_dtype, None, attn_type
-        )
+        super().__init__(num_heads, ridden, scale, num_kv_heads, None, None, kv_cache_dtype, None, attn_type)
 
     def forward(
         self,
@@ -120,20 +127,22 @@ class RoleAttention(LinkedAttention, CPUAttentionBackendImpl):
         if self.slots is None:
             raise unlinked()
         state, slot_mapping = self.slots.state, attn_metadata.slot_mapping
-        tokens, size = len(slot_mapping), self.plain_head_size
-        riders = state.of_step("riders", lambda: self._riders(slot_mapping, query.dtype))
-        wide = torch.empty(tokens, self.num_heads, self.head_size, dtype=output.dtype)
-        fresh = _ride(key[:tokens], riders.key), _ride(value[:tokens], riders.value)
-        super().do_kv_cache_update(layer, *fresh, kv_cache, slot_mapping)
-        ridden = _ride(query[:tokens], riders.query)
-        super().forward(layer, ridden, *fresh, kv_cache, attn_metadata, wide, output_scale, output_block_scale)
-        output[:tokens] = wide[..., :size]
+        tokens = slot_mapping.shape[0]
+        rows = state.of_step("rows", lambda: self._rows(slot_mapping, query.dtype))
+        for ridden, given in zip(rows.plain_inputs, (query, key, value), strict=True):
+            ridden.copy_(given[:tokens])
+        super().do_kv_cache_update(layer, rows.key, rows.value, kv_cache, slot_mapping)
+        inputs = rows.query, rows.key, rows.value
+        super().forward(layer, *inputs, kv_cache, attn_metadata, rows.output, output_scale, output_block_scale)
+        output[:tokens] = rows.plain_output
         if self.slots.masses is not None:
-            self.slots.masses[:tokens] = wide[..., size : size + 2]
+            self.slots.masses[:tokens] = rows.masses
         if self.slots.last:
             state.finish(slot_mapping)
         return output
 
-    def _riders(self, slot_mapping: torch.Tensor, dtype: torch.dtype) -> Riders:
-        width = self.head_size - self.plain_head_size
-        return Riders.of(self.slots.state, slot_mapping.long(), width, self.scale, dtype)
+    def _rows(self, slot_mapping: torch.Tensor, dtype: torch.dtype) -> RiddenRows:
+        state = self.slots.state
+        sizes = self.num_heads, self.num_kv_heads, self.head_size
+        buffers = state.of_engine("rows", lambda: RiddenRows.buffers(state.masses.shape[1], *sizes, dtype))
+        return RiddenRows(buffers, self.plain_head_size, state, slot_mapping.long(), self.scale)

@@ -80,6 +80,7 @@ class SlotState:
         self.bias = torch.zeros(blocks, 2, device=device)
         self.masses = torch.zeros(layers, max_tokens, heads, 2, device=device)
         self._step: dict[str, Any] = {}
+        self._engine: dict[str, Any] = {}
 
     def begin(self, marks: BlockMarks) -> None:
         """Starts a step: writes roles and biases of the blocks that were given out for it."""
@@ -100,6 +101,12 @@ class SlotState:
         if name not in self._step:
             self._step[name] = make()
         return self._step[name]
+
+    def of_engine(self, name: str, make: Callable[[], T]) -> T:
+        """What `make` returns, made once: where a backend's layers keep the buffers that they share."""
+        if name not in self._engine:
+            self._engine[name] = make()
+        return self._engine[name]
 
     def finish(self, slot_mapping: torch.Tensor) -> None:
         """Ends a step: writes the scores of its queries, whose slots are slot_mapping [tokens] (-1: padding).
