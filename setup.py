@@ -58,7 +58,8 @@ EXTRAS = {
     # avar vas, intervene and correlate alone, without verl, Ray and vLLM.
     "vas": [*MODELS, "torch>=2.6", "torchvision"],
     "eval": ["openai>=2.0"],
-    "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.14"],
+    # triton interprets the GPU kernels where there is no GPU; openai is the client of the servers that tests start.
+    "dev": ["openai>=2.0", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.14", "triton>=3.6"],
 }
 
 setup(
