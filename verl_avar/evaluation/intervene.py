@@ -16,10 +16,12 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from verl_avar.evaluation.options import add_shared, layer_list, load, model_path, placement
+from verl_avar.evaluation import sweep_backends
+from verl_avar.evaluation.options import add_shared, layer_list, model_path
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -79,11 +81,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keyword argument of the scorer; may be given again (reward_fns/avar.py wants on_missing=zero)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap; answers are greedy (default: 0)")
+    sweep_backends.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs `avar intervene`; returns the exit status: 0, 1 where nothing could be compared, 2 for bad input, 130 if
-    interrupted.
+    """Runs `avar intervene`; returns the exit status: 0, 1 where answers broke or nothing could be compared, 2 for bad
+    input or a backend that is gone, 130 if interrupted.
     """
     try:
         results, out = measure(arguments)
@@ -97,13 +100,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     print_sweep(results)
     print(out / "intervene.json")
-    return 0 if any(point["pairs"] for point in results["points"][1:]) else 1
+    return 1 if results["broken"] or not any(point["pairs"] for point in results["points"][1:]) else 0
 
 
 def measure(arguments: argparse.Namespace, backend: Backend | None = None) -> tuple[dict, Path]:
     """Runs what is missing of the sweep and writes its results: (intervene.json, folder).
 
-    backend: runs the tasks; by default transformers, loaded only where something is missing.
+    backend: runs the tasks; by default what the options name, loaded only where something is missing.
     Raises OSError, ValueError or RuntimeError, with one line that says what is wrong.
     """
     from rich.console import Console
@@ -131,32 +134,39 @@ def measure(arguments: argparse.Namespace, backend: Backend | None = None) -> tu
         "question": arguments.question,
         "system": arguments.system,
         "max_new_tokens": arguments.max_new_tokens,
+        **sweep_backends.backend_settings(arguments),
     }
-    settings["dtype"] = placement(arguments)[1]
     bias = {"layers": arguments.layers, "queries": arguments.queries, "mode": arguments.mode}
-    run_tasks = functools.cache(lambda: backend or _transformers(arguments, bias, any(p.visual for p in points)))
-    if not (out / "run.json").exists():
-        run_tasks()  # what can't be loaded begins nothing
     console = Console(stderr=True)
 
     def progress(records, count):
         quiet = not console.is_terminal
         return track(records, "answering", count, console=console, transient=True, disable=quiet)
 
-    with begun(out, settings | bias):
-        records = sweep(points, kept, out, lambda tasks: run_tasks()(tasks), arguments.strict, progress)
-        table = judged(points, kept, records, scorer)
-        results = summarise(table, points, arguments.seed) | {"settings": settings | bias, "rows": len(rows)}
-        results["scorer"] = arguments.scorer or "default rules"
-        results["left_out"] = left_out
-        results["broken"] = [
-            {"point": point.name, "row": row.id, "reason": records[point.key, number]["problem"]}
-            for point in points
-            for number, row in kept
-            if "problem" in records[point.key, number]
-        ]
-        results["notes"] = notes(results, arguments.scorer is None)
-        _write(out, results, table)
+    with ExitStack() as engine:
+
+        @functools.cache
+        def run_tasks() -> Backend:
+            visual, answered = any(point.visual for point in points), [row for _, row in kept]
+            return backend or engine.enter_context(sweep_backends.opened(arguments, bias, visual, answered))
+
+        if not (out / "run.json").exists():
+            run_tasks()  # what can't be loaded begins nothing
+        with begun(out, settings | bias):
+            records = sweep(points, kept, out, lambda tasks: run_tasks()(tasks), arguments.strict, progress)
+            engine.close()
+            table = judged(points, kept, records, scorer)
+            results = summarise(table, points, arguments.seed) | {"settings": settings | bias, "rows": len(rows)}
+            results["scorer"] = arguments.scorer or "default rules"
+            results["left_out"] = left_out
+            results["broken"] = [
+                {"point": point.name, "row": row.id, "reason": records[point.key, number]["problem"]}
+                for point in points
+                for number, row in kept
+                if "problem" in records[point.key, number]
+            ]
+            results["notes"] = notes(results, arguments.scorer is None)
+            _write(out, results, table)
     return results, out
 
 
@@ -168,15 +178,6 @@ def _scorer(arguments: argparse.Namespace) -> Scorer:
             raise ValueError("--scorer-option needs --scorer")
         return judge
     return load_scorer(arguments.scorer, read_options(arguments.scorer_option), str(arguments.data))
-
-
-def _transformers(arguments: argparse.Namespace, bias: dict, visual: bool) -> Backend:
-    """The backend on transformers, with the checkpoint loaded and checked."""
-    from verl_avar.evaluation import sweep_transformers
-
-    checkpoint = load(arguments)
-    sweep_transformers.check(checkpoint, visual, bias)
-    return sweep_transformers.backend(checkpoint, bias, arguments.max_new_tokens, arguments.batch_size)
 
 
 def judged(points: Sequence[Strength], rows: Sequence[tuple[int, Row]], records: dict, scorer: Scorer) -> pd.DataFrame:
