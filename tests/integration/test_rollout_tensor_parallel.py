@@ -11,6 +11,7 @@ from verl_avar.miniature.model import build_config, build_processor, save
 from verl_avar.miniature.tasks import TASKS, draw_sample
 from verl_avar.miniature.tokenizer import build_tokenizer
 from verl_avar.rollout import kv_transfer_config
+from verl_avar.rollout.scores import shared_folder
 
 PROBED = [0, 2]  # of three layers
 BIASES = [(0.0, 0.0), (0.7, -0.4)]
@@ -30,7 +31,18 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def outputs(checkpoint):
+def tidy():
+    """vLLM's CPU ranks leave the memory that they reduce through behind when the engine stops them, with or without
+    the connector."""
+    before = set(shared_folder().iterdir())
+    yield
+    for path in set(shared_folder().iterdir()) - before:
+        if "-cpushm_" in path.name:
+            path.unlink()
+
+
+@pytest.fixture(scope="module")
+def outputs(checkpoint, tidy):
     from vllm import LLM, SamplingParams
 
     with pytest.MonkeyPatch.context() as patch:
