@@ -13,7 +13,8 @@ from verl_avar.rollout import CONNECTOR
 
 logger = logging.getLogger(__name__)
 
-TESTED = ("0.24.0", "0.33.0")  # first and last vLLM release whose seams are checked: tests/seams
+# The vLLM releases whose seams are checked (tests/seams), one of every minor version of the range.
+TESTED = ("0.24.0", "0.25.1", "0.26.0", "0.27.1", "0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0", "0.33.0")
 UNTESTED_ENV = "VERL_AVAR_UNTESTED_VLLM"
 NAME = "avar"  # among vLLM's plugins, as VLLM_PLUGINS spells it
 CPU_BACKEND = "verl_avar.rollout.backend_choice.CpuAttentionBackend"
@@ -28,7 +29,7 @@ def version_error(version: str) -> str | None:
     Pre-releases, development and local builds count as the release that they belong to; of the first release only
     later ones do.
     """
-    low, high = map(Version, TESTED)
+    low, high = Version(TESTED[0]), Version(TESTED[-1])
     try:
         this = Version(version)
         known = low <= this and this.release[:2] <= high.release[:2]
