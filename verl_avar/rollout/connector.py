@@ -22,7 +22,7 @@ from verl_avar.rollout.options import RequestOptions
 from verl_avar.rollout.pinned import release, view_from
 from verl_avar.rollout.plugin import version_error
 from verl_avar.rollout.probed_layers import probed_layers
-from verl_avar.rollout.request import chat_tokens, prompt_roles, unscored
+from verl_avar.rollout.request import chat_tokens, prompt_roles, roles_salt, unscored
 from verl_avar.rollout.scores import SharedScores
 from verl_avar.rollout.slots import BlockMarks, SlotState
 
@@ -100,7 +100,8 @@ class VisualAttentionConnector(KVConnectorBase_V1):
         if stock := {type(impl).__name__ for impl in impls if not isinstance(impl, LinkedAttention)}:
             raise RuntimeError(
                 f"verl_avar.rollout: the connector is on but layers run {', '.join(stock)}: the vLLM plugin is not "
-                "active in this process (is verl_avar installed here, and allowed by VLLM_PLUGINS?)"
+                "active in this process (is verl_avar installed here, and allowed by VLLM_PLUGINS?), or the connector "
+                "is part of another one (MultiConnector), which is not supported"
             )
         cache, first = kv_caches[names[0]], impls[0]
         blocks = cache.shape[0]
@@ -164,9 +165,12 @@ class VisualAttentionConnector(KVConnectorBase_V1):
             no_score = str(error)
         self._requests[request.request_id] = Tracked(roles, options, no_score=no_score)
         # Blocks are shared by requests that agree on their bias, and on the roles that they write into them.
-        salt = UNSCORED_SALT if no_score else options.cache_salt
-        if salt:
-            request.cache_salt = f"{request.cache_salt or ''}{salt}"
+        salt = UNSCORED_SALT
+        if no_score is None:
+            salt = options.cache_salt + roles_salt(request.prompt_token_ids, roles, self._chat)
+        if salt or request.cache_salt:
+            # As a pair: a client's own salt must not be able to read like one of ours.
+            request.cache_salt = repr((salt, request.cache_salt))
             request.block_hashes.clear()
             request.update_block_hashes()
 

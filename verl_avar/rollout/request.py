@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from functools import lru_cache
 from types import SimpleNamespace
@@ -25,6 +26,11 @@ def chat_tokens(model_config: Any) -> ChatTokens:
     """
     config = model_config.hf_config
     placeholders = [getattr(config, key, None) for key in ("image_token_id", "video_token_id")]
+    if placeholders == [None, None]:
+        raise ValueError(
+            f"roles: {type(config).__name__} of {model_config.model} has neither image_token_id nor video_token_id: "
+            "this model has no image or video to attend to"
+        )
     return _chat_tokens(
         model_config.tokenizer, model_config.tokenizer_revision, model_config.trust_remote_code, *placeholders
     )
@@ -62,6 +68,21 @@ def prompt_roles(prompt_token_ids: list[int] | None, mm_features: list[Any] | No
         raise ValueError(f"roles: a visual placeholder that carries no embedding: {where}")
     roles[embedded] = Role.VISUAL
     return roles
+
+
+def roles_salt(prompt_token_ids: list[int], roles: np.ndarray, chat: ChatTokens) -> str:
+    """Keeps the prefix cache of a prompt apart whose roles [P] its prefixes don't tell: requests that share a block
+    share the roles in it, while vLLM compares no more than the tokens up to its end.
+
+    Empty for a prompt that begins with a turn and goes on to another one, no other than the first being the system's:
+    there equal tokens have equal roles. Else a later turn may make earlier tokens the system's, or the response of one
+    prompt continue a system turn that another prompt has as a whole.
+    """
+    starts = np.flatnonzero(np.asarray(prompt_token_ids) == chat.turn_start)
+    system = starts[roles[starts] == Role.SYSTEM].tolist()
+    if starts[0] == 0 and len(starts) > len(system) and system in ([], [0]):
+        return ""
+    return f"avar:roles:{hashlib.sha256(roles.tobytes()).hexdigest()}"
 
 
 def check_engine(vllm_config: Any) -> None:
