@@ -48,8 +48,9 @@ CASES = {
     "mixed, bfloat16, large blocks": Case(MIXED, "bfloat16", head_size=128, block_size=64, padding=2),
     "mixed, no masses": Case(MIXED, "float16", head_size=64, masses=False, padding=3),
     "no masses, no bias": Case(((1, 37), (5, 40)), masses=False, bias=((0.0, 0.0), (0.0, 0.0))),
-    "bias in one request only": Case(((1, 37), (1, 40)), masses=False, bias=((0.0, 0.0), (2.0, -1.0))),
+    "bias of one role": Case(((1, 37), (1, 40), (4, 20)), masses=False, bias=((0.0, 0.0), (0.0, -1.5), (2.0, 0.0))),
     "no bias": Case(((1, 37), (5, 40)), bias=((0.0, 0.0), (0.0, 0.0))),
+    "first query a key short of a tile": Case(((4, 18), (4, 34)), heads=2),
     "long prompt": Case(((130, 150),), "bfloat16", heads=2, head_size=64, hopper=True),
     "short chunk on long context": Case(((20, 250),), "float16", heads=4, kv_heads=1, head_size=64),
     "decode": Case(DECODE, shared=1),
@@ -66,7 +67,10 @@ CASES = {
         ((1, 60), (30, 60), (9, 9)), bias=((20.0, 20.0), (-20.0, 20.0), (-20.0, -20.0)), head_size=64, heads=2
     ),
     "greatest biases, bfloat16": Case(((1, 60), (30, 60)), "bfloat16", bias=((20.0, -20.0), (-20.0, 20.0)), heads=2),
+    # In bfloat16 the two divided by the scale would be one number.
+    "biases that differ by little": Case(((1, 60), (9, 60)), "bfloat16", bias=((18.81, 18.753),) * 2, head_size=64),
     "queries without keys": Case(((1, 0), (5, 3), (1, 37)), heads=2),
+    "queries without keys, keys not split": Case(((1, 0), (5, 3), (1, 37), (1, 1), (0, 0)), heads=4),
     "decode without keys": Case(((1, 0), (1, 40)), heads=2),
     "bounds above what comes": Case(((1, 37), (2, 50), (0, 0)), heads=2, padding=9, max_query_len=8),
 }
@@ -130,9 +134,11 @@ def make_step(case: Case, device: str) -> Step:
 
     cache = torch.randn(blocks * size, case.kv_heads, 2 * case.head_size, generator=generator).to(dtype)
     cache[~used] = torch.nan
-    # As vLLM has it: a part of one projection's rows.
+    # As vLLM has it: a part of one projection's rows. What lies beside it is none of the kernel's business.
     width = case.heads * case.head_size
-    query = torch.randn(tokens, 2 * width, generator=generator).to(dtype)[:, :width].view(tokens, case.heads, -1)
+    projection = torch.randn(tokens, 2 * width, generator=generator).to(dtype)
+    projection[:, width:] = torch.nan
+    query = projection[:, :width].view(tokens, case.heads, -1)
     roles = torch.randint(0, len(Role), (blocks * size,), generator=generator).to(torch.uint8)
     roles[~used] = torch.randint(0, 256, (int((~used).sum()),), generator=generator).to(torch.uint8)
     on_device = [

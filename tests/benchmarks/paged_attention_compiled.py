@@ -62,7 +62,7 @@ def compiled(requests: list[tuple[int, int]], model: str, dtype: torch.dtype, ca
     from verl_avar.rollout.triton_kernels import attention_kernel
 
     arguments, keywords = launch_of(requests, model, dtype, capability, probed)
-    options = {name: keywords.pop(name) for name in ("num_warps", "num_stages")}
+    options = {name: keywords.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
     pointers = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32",
                 torch.int64: "*i64", torch.uint8: "*u8"}  # fmt: skip
     signature, constants, aligned = {}, {}, {}

@@ -14,7 +14,7 @@ import torch
 import triton
 
 from verl_avar.rollout import triton_kernels as kernels
-from verl_avar.rollout.triton_cache import INTERPRETED, check_cache, form, write_cache
+from verl_avar.rollout.triton_cache import INTERPRETED, check_cache, form, packed, write_cache
 
 __all__ = ["Plan", "Workspace", "paged_attention", "plan", "write_cache"]
 
@@ -191,6 +191,7 @@ def paged_attention(
         ONE_BLOCK=launch.one_block,
         num_warps=launch.warps,
         num_stages=launch.stages,
+        enable_fp_fusion=True,  # newer versions of triton leave products and sums apart unless told
     )
     if split:
         kernels.reduce_kernel[requests if max_query_len == 1 else tokens, heads](
@@ -225,7 +226,7 @@ def _check(query, cache, block_table, query_start, seq_lens, slot_mapping, roles
             "and a whole number of heads to a KV head"
         )
     for name, rows in (("query", query), ("out", out)):
-        if rows.shape != query.shape or rows.stride()[1:] != (size, 1):
+        if rows.shape != query.shape or not packed(rows):
             raise ValueError(f"{name} is {form(rows)}; needs {list(query.shape)}, each token's heads contiguous")
     requests = len(seq_lens)
     for name, tensor, dtype, least in (

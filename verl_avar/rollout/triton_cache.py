@@ -45,7 +45,7 @@ def write_cache(key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slo
     _, block_size, kv_heads, width = cache.shape
     size = width // 2
     for name, rows in (("key", key), ("value", value)):
-        if rows.shape[1:] != (kv_heads, size) or rows.dtype != cache.dtype or rows.stride()[1:] != (size, 1):
+        if rows.shape[1:] != (kv_heads, size) or rows.dtype != cache.dtype or not packed(rows):
             raise ValueError(
                 f"write_cache: {name} is {form(rows)}; needs [tokens, {kv_heads}, {size}] of {cache.dtype}, each "
                 "token's heads contiguous"
@@ -77,11 +77,21 @@ def check_cache(cache: torch.Tensor) -> None:
     """Raises ValueError for a KV cache that the kernels can't read."""
     if cache.device.type != "cuda" and not INTERPRETED:
         raise ValueError(f"triton kernels run on CUDA, not on {cache.device} (TRITON_INTERPRET=1 runs them in numpy)")
-    _, block_size, kv_heads, width = cache.shape
-    if block_size % 16 or width % 2 or cache.stride()[1:] != (kv_heads * width, width, 1):
+    _, block_size, _, width = cache.shape
+    if block_size % 16 or width % 2 or not packed(cache):
         raise ValueError(
             f"the KV cache is {form(cache)}; needs [blocks, a multiple of 16, H_kv, 2·D] with contiguous blocks"
         )
+
+
+def packed(tensor: torch.Tensor) -> bool:
+    """Whether what lies under each index of the first dimension is contiguous."""
+    stride = 1
+    for size, own in zip(reversed(tensor.shape[1:]), reversed(tensor.stride()[1:]), strict=True):
+        if size != 1 and own != stride:
+            return False
+        stride *= size
+    return True
 
 
 def form(tensor: torch.Tensor) -> str:
