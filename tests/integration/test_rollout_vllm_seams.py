@@ -62,7 +62,7 @@ def test_out_of_range_nothing_is_registered_and_the_connector_says_why(monkeypat
     monkeypatch.setattr(vllm, "__version__", "0.99.0")
     monkeypatch.setattr("vllm.platforms.current_platform.is_cpu", lambda: pytest.fail("went on registering"))
     plugin.register()
-    with pytest.raises(RuntimeError, match=r"0\.24 to 0\.27 and this is 0\.99\.0"):
+    with pytest.raises(RuntimeError, match=r"0\.24 to 0\.33 and this is 0\.99\.0"):
         VisualAttentionConnector(config, KVConnectorRole.WORKER, None)
 
 
@@ -90,6 +90,14 @@ def _packed_linear(config):
 
 def test_linear_layers_stay_packed_unless_a_trainer_writes_weights():
     layer = _packed_linear(_config())
+    assert layer.weight.numel() == 0
+
+
+def test_linear_layers_are_packed_as_in_stock_where_no_config_is_current():
+    from vllm.model_executor.layers import utils
+
+    layer = torch.nn.Linear(32, 32, bias=False).requires_grad_(False)
+    utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
     assert layer.weight.numel() == 0
 
 

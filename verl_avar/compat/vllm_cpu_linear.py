@@ -16,7 +16,7 @@ from __future__ import annotations
 def apply() -> None:
     """Wrap the dispatch once. Idempotent."""
     from torch.nn.functional import linear
-    from vllm.config import get_current_vllm_config
+    from vllm.config import get_current_vllm_config_or_none
     from vllm.model_executor.layers import utils
 
     stock = utils.dispatch_cpu_unquantized_gemm
@@ -24,10 +24,11 @@ def apply() -> None:
         return
 
     def dispatch_cpu_unquantized_gemm(layer, remove_weight: bool) -> None:
-        if getattr(layer, "cpu_linear", None) is linear:  # a sync dispatches again, with no current config to ask
+        if getattr(layer, "cpu_linear", None) is linear:  # a sync dispatches again, with no current config
             return
         is_linear = layer.weight.ndim == 2 and not layer.weight.is_meta
-        if is_linear and get_current_vllm_config().parallel_config.worker_extension_cls:
+        config = get_current_vllm_config_or_none()
+        if is_linear and config is not None and config.parallel_config.worker_extension_cls:
             layer.cpu_linear = linear
         else:
             stock(layer, remove_weight)
