@@ -16,6 +16,7 @@ the same to rounding, else the script fails. Steps that don't fit the device's m
 """
 
 import argparse
+import importlib.util
 import itertools
 import math
 import statistics
@@ -213,6 +214,8 @@ def main(argv: list[str] | None = None) -> None:
             "paged_attention.py needs a CUDA device, and PyTorch sees none here; paged_attention_compiled.py says what "
             "compiling tells of the kernels"
         )
+    if "vllm" in options.methods and importlib.util.find_spec("vllm") is None:
+        raise SystemExit("paged_attention.py: vLLM is not installed here; --methods off bias masses both does without")
     print(f"{torch.cuda.get_device_name()}, {options.dtype}")
     rows = []
     for model in options.models:

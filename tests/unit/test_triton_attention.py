@@ -4,11 +4,14 @@ Kernels decide how they run when triton is imported, so each kind has a process 
 """
 
 import importlib.util
+import runpy
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 
 import paged_attention_checks as checks
 import pytest
+import torch
 from paged_attention_grid import CASES
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
@@ -76,3 +79,10 @@ def compiling(tmp_path_factory):
 )
 def test_kernels_compile_for_gpus_without_spilling(compiling, model, step, capability, probed):
     compiling(checks.check_compiled, model, step, capability, probed)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_the_benchmark_says_that_it_needs_a_device():
+    script = Path(__file__).resolve().parent.parent / "benchmarks" / "paged_attention.py"
+    with pytest.raises(SystemExit, match="needs a CUDA device"):
+        runpy.run_path(str(script))["main"]([])
