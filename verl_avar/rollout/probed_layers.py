@@ -15,7 +15,9 @@ def check_layers(layers: Sequence[int] | None) -> None:
         return
     numbers = isinstance(layers, Sequence) and not isinstance(layers, str) and len(layers) > 0
     if not numbers or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in layers):
-        raise ValueError(f"{LAYERS_KEY} must be a list of layer numbers from 0 on (or null for all), got {reprlib.repr(layers)}")
+        raise ValueError(
+            f"{LAYERS_KEY} must be a list of layer numbers from 0 on (or null for all), got {reprlib.repr(layers)}"
+        )
     if len(set(layers)) < len(layers):
         raise ValueError(f"{LAYERS_KEY} names a layer twice: {reprlib.repr(list(layers))}")
 
