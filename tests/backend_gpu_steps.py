@@ -173,6 +173,28 @@ def check_steps(side_by_side: bool, device="cpu", dtype=torch.float32, tolerance
         assert set(written.tolist()) <= set(layers.slot_mapping[:rows].tolist())
 
 
+def check_sleep() -> None:
+    """vLLM's sleep mode forgets the contents of every buffer that was made with the KV cache; only addresses stay."""
+    layers = Layers()
+    state, workspace = layers.state, layers.builder.workspace
+    for buffer in (
+        state.roles,
+        state.bias,
+        state.masses,
+        workspace.parts,
+        workspace.sums,
+        *workspace.ride_rows.values(),
+    ):
+        buffer.view(torch.uint8).fill_(0x7F)
+    for cache in layers.caches:
+        cache.zero_()
+    first, second = two_requests()
+    for batch in ([(first, 20), (second, 12)], [(first, 1), (second, 1)]):
+        layers.fill(batch)
+        layers.forward(layers.metadata(ROWS, 2, max(tokens for _, tokens in batch)))
+        layers.check(batch)
+
+
 def check_probed_layers() -> None:
     layers = Layers(probed=[1])
     assert [impl.slots.masses is None for impl in layers.impls] == [True, False, True]

@@ -104,7 +104,7 @@ def test_linear_layers_are_packed_as_in_stock_where_no_config_is_current():
 def test_linear_layers_follow_the_weights_that_a_trainer_writes():
     from vllm.config import ParallelConfig
 
-    layer = _packed_linear(_config(parallel_config=ParallelConfig(worker_extension_cls="trainer.Extension")))
+    layer = _packed_linear(_config(parallel_config=ParallelConfig(worker_extension_cls="verl.workers.Extension")))
     x = torch.randn(2, 32)
     layer.weight.copy_(torch.eye(32) * 3)
     torch.testing.assert_close(layer.cpu_linear(x, layer.weight, None), 3 * x)

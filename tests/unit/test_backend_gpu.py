@@ -31,6 +31,10 @@ def test_only_probed_layers_are_scored(interpreted):
     interpreted(steps.check_probed_layers)
 
 
+def test_an_engine_that_slept_answers_as_before(interpreted):
+    interpreted(steps.check_sleep)
+
+
 def test_before_the_connector_has_a_cache_attention_is_plain(interpreted):
     interpreted(steps.check_without_connector)
 

@@ -188,7 +188,7 @@ def test_prompt_without_a_system_turn_is_named():
 
 
 def test_the_rollouts_own_reason_is_told():
-    attention = ATTENTION | {"ratio": None, "reason": "aborted while it had no place in the KV cache"}
+    attention = ATTENTION | {"ratio": None, "reason": "ended while it had no place in the KV cache"}
     with pytest.raises(ValueError, match="no place in the KV cache"):
         score(response("red"), attention=attention)
 

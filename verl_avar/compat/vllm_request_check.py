@@ -12,8 +12,6 @@ from __future__ import annotations
 
 from functools import wraps
 
-from verl_avar.compat import vllm_scores_over_http, vllm_scores_per_choice
-
 
 def apply() -> None:
     """Wrap both once. Idempotent."""
@@ -43,6 +41,3 @@ def apply() -> None:
     process_inputs.checks_attention_options = True
     InputProcessor.__init__ = init
     InputProcessor.process_inputs = process_inputs
-    # The way back of the same requests.
-    vllm_scores_per_choice.apply()
-    vllm_scores_over_http.apply()

@@ -70,6 +70,7 @@ class PagedRoleMetadataBuilder(AttentionMetadataBuilder[PagedRoleMetadata]):
         common = common_attn_metadata
         if common.causal is not True:
             raise NotImplementedError("verl_avar.rollout: non-causal attention is not supported")
+        self.workspace.refresh()
         return PagedRoleMetadata(
             tokens=common.num_actual_tokens,
             max_query_len=common.max_query_len,

@@ -200,7 +200,7 @@ class VisualAttentionConnector(KVConnectorBase_V1):
         n = request.num_output_tokens
         position = request.num_prompt_tokens - 1 + np.arange(n)
         if len(block_ids) * self._block_size < request.num_prompt_tokens - 1 + n:
-            no_score = "aborted while it had no place in the KV cache"
+            no_score = "ended while it had no place in the KV cache"
         if no_score is not None:
             return False, {"visual_attention": unscored(n, no_score)}
         blocks = np.asarray(block_ids, dtype=np.int64)[position // self._block_size]

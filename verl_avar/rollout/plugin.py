@@ -104,9 +104,11 @@ def register() -> None:
 def _apply() -> None:
     from vllm.platforms import current_platform
 
-    from verl_avar.compat import vllm_request_check
+    from verl_avar.compat import vllm_request_check, vllm_scores_over_http, vllm_scores_per_choice
 
     vllm_request_check.apply()
+    vllm_scores_per_choice.apply()
+    vllm_scores_over_http.apply()
     if current_platform.is_cpu():
         from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 

@@ -8,7 +8,7 @@ CUDA graph and replayed with other lengths, blocks, roles and biases. No atomics
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 import triton
@@ -53,6 +53,19 @@ class Workspace:
         parts = torch.empty(capacity, head_size, dtype=torch.float32, device=device)
         sums = torch.empty(capacity, 4, dtype=torch.float32, device=device)
         return cls(parts, sums, {dtype: kernels.ride_table(dtype, device) for dtype in DTYPES}, processors, hopper)
+
+    def refresh(self) -> None:
+        """Writes the constants again, before every step: vLLM's sleep mode keeps the addresses of what was allocated
+        with the KV cache and forgets the contents (vLLM 0.24 to 0.27 allocate a backend's buffers there). The rest of a
+        workspace is written before it is read."""
+        for dtype, rows in self.ride_rows.items():
+            rows.copy_(_host_ride_table(dtype, rows.is_cuda), non_blocking=True)
+
+
+@cache
+def _host_ride_table(dtype: torch.dtype, pinned: bool) -> torch.Tensor:
+    table = kernels.ride_table(dtype, "cpu")
+    return table.pin_memory() if pinned else table
 
 
 @dataclass(frozen=True)
