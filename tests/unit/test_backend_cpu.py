@@ -10,6 +10,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
 
 from verl_avar.attention import reference
 from verl_avar.roles import Role
+from verl_avar.rollout import backend_cpu
 from verl_avar.rollout.backend_cpu import RoleAttention, RoleAttentionBackend, ridden_head_size
 from verl_avar.rollout.layer import link_layers
 from verl_avar.rollout.options import RequestOptions
@@ -34,7 +35,8 @@ def build(monkeypatch):
         model = SimpleNamespace(dtype=dtype, get_num_attention_heads=lambda parallel: heads)
         cache = SimpleNamespace(block_size=BLOCK, cache_dtype="auto")
         config = SimpleNamespace(model_config=model, cache_config=cache, parallel_config=None)
-        monkeypatch.setattr(cpu_attn, "get_current_vllm_config", lambda: config)
+        for module in (cpu_attn, backend_cpu):
+            monkeypatch.setattr(module, "get_current_vllm_config", lambda: config)
         impls = [RoleAttention(heads, size, size**-0.5, kv_heads) for _ in range(2)]
         spec = SimpleNamespace(num_kv_heads=kv_heads, head_size=impls[0].head_size)
         return impls, CPUAttentionMetadataBuilder(spec, [], config, torch.device("cpu"))

@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 
 def open_images(images: Sequence[Any]) -> list[Image.Image]:
@@ -27,6 +27,9 @@ def _load(image: Any) -> Image.Image:
     source = io.BytesIO(image) if isinstance(image, bytes) else image
     try:
         return Image.open(source)
+    except UnidentifiedImageError:
+        where = f"{len(image)} bytes" if isinstance(image, bytes) else image
+        raise OSError(f"cannot identify image: {where} in no format that Pillow reads") from None
     except Image.DecompressionBombError as error:
         raise ValueError(f"image too large: {error}") from None
 

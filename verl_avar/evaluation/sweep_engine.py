@@ -12,7 +12,8 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, Any
+from pathlib import Path
+from typing import Any
 
 from verl_avar.evaluation.sweep import Strength
 from verl_avar.evaluation.sweep_prompts import Prompt
@@ -24,15 +25,17 @@ ENVIRONMENT = {
 }
 CAUSE = re.compile(r"\b((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception): .+)")
 WRAPPERS = ("Engine core initialization failed", "WorkerProc initialization failed")
+LOG = "vllm.log"
 CPU_KV_CACHE = 4 * 2**30  # bytes; by default vLLM takes nine tenths of the machine's memory
 CLOSING_S = 60.0  # vLLM kills after 5 s, which leaves a slow worker's shared memory behind
 # An engine outlives a front end that is killed. This waits for the end of its standard input, that is of this process.
 WATCHMAN = """
-import contextlib, os, signal, sys
+import contextlib, os, shutil, signal, sys
 sys.stdin.read()
-for pid in sys.argv[1:]:
+for pid in sys.argv[2:]:
     with contextlib.suppress(ProcessLookupError):
         os.kill(int(pid), signal.SIGTERM)
+shutil.rmtree(sys.argv[1])
 """
 
 
@@ -41,10 +44,10 @@ class LocalEngine:
 
     where, remedy = "the engine", "is the plugin verl_avar active in vLLM? (`avar doctor` says)"
 
-    def __init__(self, llm: Any, log: IO[bytes], processes: set[int]):
-        """processes: ids of those that it runs in. log: what they print."""
-        self._llm, self._log, self._ids = llm, log, itertools.count()
-        command = [sys.executable, "-c", WATCHMAN, *map(str, processes)]
+    def __init__(self, llm: Any, folder: Path, processes: set[int]):
+        """folder: of its sockets and its log. processes: ids of those that it runs in."""
+        self._llm, self._folder, self._ids, self._died = llm, folder, itertools.count(), False
+        command = [sys.executable, "-c", WATCHMAN, str(folder), *map(str, processes)]
         self._watchman = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
     def request(self, prompt: Prompt, strength: Strength) -> tuple[dict, Any, bool]:
@@ -75,7 +78,10 @@ class LocalEngine:
         try:
             (output,) = [output async for output in asked]
         except EngineDeadError as error:
-            raise RuntimeError(f"vLLM's engine died: {_cause(self._log, error)}; its log: {_kept(self._log)}") from None
+            self._died = True
+            raise RuntimeError(f"vLLM's engine died: {_cause(self._folder, error)}") from None
+        except Exception as error:  # whatever vLLM's version raises on this prompt; the engine lives on
+            raise ValueError(f"{self.where} refused it: {error.__cause__ or error}") from None
         answer = output.outputs[0]
         attention = (output.kv_transfer_params or {}).get("visual_attention")
         return Reply(output.prompt_token_ids, list(answer.token_ids), answer.finish_reason, attention)
@@ -84,7 +90,8 @@ class LocalEngine:
         self._llm.shutdown(timeout=CLOSING_S)
         self._watchman.kill()
         self._watchman.communicate()
-        self._log.close()
+        if not self._died:
+            shutil.rmtree(self._folder)
 
 
 def start(model: str, dtype: str, images: int, options: dict[str, Any]) -> LocalEngine:
@@ -97,10 +104,10 @@ def start(model: str, dtype: str, images: int, options: dict[str, Any]) -> Local
     if own := {"model", "dtype", "kv_transfer_config"} & options.keys():
         raise ValueError(f"--engine-option: {', '.join(sorted(own))} is set by avar intervene")
     before = set(multiprocessing.active_children())
-    with _environment(), _logged() as log:
+    folder = Path(tempfile.mkdtemp(prefix="avar-vllm-"))
+    with _environment({"VLLM_RPC_BASE_PATH": str(folder)} | ENVIRONMENT), _logged(folder):
         llm = _engine(model, dtype, images, options)
-    processes = {child.pid for child in set(multiprocessing.active_children()) - before}
-    return LocalEngine(llm, log, processes)
+    return LocalEngine(llm, folder, {child.pid for child in set(multiprocessing.active_children()) - before})
 
 
 def _engine(model: str, dtype: str, images: int, options: dict[str, Any]) -> Any:
@@ -128,9 +135,9 @@ def _engine(model: str, dtype: str, images: int, options: dict[str, Any]) -> Any
 
 
 @contextmanager
-def _environment() -> Iterator[None]:
-    """`ENVIRONMENT` where the user has set nothing else."""
-    added = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Variables where the user has set nothing else."""
+    added = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(added)
     try:
         yield
@@ -140,21 +147,21 @@ def _environment() -> Iterator[None]:
 
 
 @contextmanager
-def _logged() -> Iterator[IO[bytes]]:
-    """A file, without a name, of what this process prints meanwhile, and the processes that it starts for life.
+def _logged(folder: Path) -> Iterator[None]:
+    """What this process prints meanwhile goes to a log, and for life what the processes print that it starts.
 
-    What fails is raised as RuntimeError with the cause that the file names.
+    What fails is raised as RuntimeError with its cause.
     """
-    log = tempfile.TemporaryFile()  # noqa: SIM115 - the processes outlive this context
     sys.stdout.flush()
     sys.stderr.flush()
     kept = os.dup(1), os.dup(2)
-    os.dup2(log.fileno(), 1)
-    os.dup2(log.fileno(), 2)
+    with (folder / LOG).open("ab") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
     try:
-        yield log
+        yield
     except Exception as error:  # whatever vLLM raises on this machine and model; the sweep can't begin
-        raise RuntimeError(f"vLLM's engine did not start: {_cause(log, error)}; its log: {_kept(log)}") from error
+        raise RuntimeError(f"vLLM's engine did not start: {_cause(folder, error)}") from error
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -163,20 +170,12 @@ def _logged() -> Iterator[IO[bytes]]:
             os.close(old)
 
 
-def _kept(log: IO[bytes]) -> str:
-    """The path of a copy of the log, for the user to read."""
-    log.seek(0)
-    with tempfile.NamedTemporaryFile(prefix="avar-vllm-", suffix=".log", delete=False) as copy:
-        shutil.copyfileobj(log, copy)
-    return copy.name
-
-
-def _cause(log: IO[bytes], error: Exception) -> str:
-    """The error behind one of vLLM's that only points to its log: the last in there that says more."""
-    said = re.sub(r"\s*\[type=.*", "", f"{type(error).__name__}: {error}", flags=re.DOTALL)  # pydantic adds its inputs
-    if not str(error).startswith(WRAPPERS) and type(error).__name__ != "EngineDeadError":
-        return said
-    log.seek(0)
-    found = [match[1] for match in map(CAUSE.search, log.read().decode(errors="replace").splitlines()) if match]
-    causes = [line for line in found if not any(hint in line for hint in (*WRAPPERS, "EngineDeadError"))]
-    return causes[-1] if causes else said
+def _cause(folder: Path, error: Exception) -> str:
+    """An error, or where it only points to vLLM's log the last error in there that says more; and the log's place."""
+    log = folder / LOG
+    cause = re.sub(r"\s*\[type=.*", "", f"{type(error).__name__}: {error}", flags=re.DOTALL)  # pydantic adds its inputs
+    if str(error).startswith(WRAPPERS) or type(error).__name__ == "EngineDeadError":
+        found = [match[1] for match in map(CAUSE.search, log.read_text(errors="replace").splitlines()) if match]
+        causes = [line for line in found if not any(hint in line for hint in (*WRAPPERS, "EngineDeadError"))]
+        cause = causes[-1] if causes else cause
+    return f"{cause}; its log: {log}"

@@ -9,6 +9,7 @@ One call of the stock kernel then gives output and masses, whatever its blocking
 from __future__ import annotations
 
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends import cpu_attn
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl, CPUAttentionMetadata
@@ -103,7 +104,7 @@ class RoleAttention(LinkedAttention, CPUAttentionBackendImpl):
             kv_sharing=kv_sharing_target_layer_name,
             **others,
         )
-        config = cpu_attn.get_current_vllm_config()
+        config = get_current_vllm_config()
         isa = cpu_attn._get_attn_isa(config.model_config.dtype, config.cache_config.block_size, head_size)
         ridden = ridden_head_size(head_size, isa)
         self.plain_head_size = head_size
