@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -79,6 +80,24 @@ def test_after_a_kill_while_starting_the_same_engine_starts_again_at_once(folder
     _, open_it = _start("engine", 8, 3.0)
     assert open_it().array.shape[0] == 8
     assert not list(folder.iterdir())
+
+
+def test_what_others_put_there_is_left_alone_and_stops_no_engine(folder, monkeypatch):
+    """In a shared-memory folder of several users: a link with our prefix, and a file that only its owner may remove."""
+    (folder / "private").write_bytes(b"theirs")
+    (folder / "avar-scores-link").symlink_to(folder / "private")
+    (folder / "avar-scores-theirs").touch()
+    unlink = Path.unlink
+
+    def refused(path, **how):
+        if path.name == "avar-scores-theirs":
+            raise PermissionError
+        return unlink(path, **how)
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    _, open_it = _start("engine", 8, 3.0)
+    assert open_it().array.shape[0] == 8
+    assert {path.name for path in folder.iterdir()} == {"private", "avar-scores-link", "avar-scores-theirs"}
 
 
 def test_a_full_folder_names_the_size_and_leaves_nothing():

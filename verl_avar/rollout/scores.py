@@ -79,7 +79,7 @@ class SharedScores:
         """Opens the worker's file and removes its name."""
         path = _path(engine_id)
         try:
-            fd = os.open(path, os.O_RDWR)
+            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
         except FileNotFoundError:
             raise RuntimeError(
                 f"the worker's attention scores are not at {path}: scheduler and worker must run on one machine and "
@@ -152,14 +152,14 @@ def _remove_abandoned() -> None:
                 path.unlink()
     for path in shared_folder().glob(_PREFIX + "*"):
         try:
-            fd = os.open(path, os.O_RDWR)
-        except (FileNotFoundError, PermissionError):  # gone meanwhile, or another user's
+            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+        except OSError:  # gone meanwhile, another user's, or no file of ours at all
             continue
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _inode(path.stat()) == _inode(os.fstat(fd)):
                 path.unlink()
-        except (BlockingIOError, FileNotFoundError):  # its engine is starting right now; gone meanwhile
+        except (BlockingIOError, FileNotFoundError, PermissionError):  # its engine is starting; gone; another user's
             pass
         finally:
             os.close(fd)
