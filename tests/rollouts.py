@@ -1,5 +1,6 @@
 """Prompts for rollout tests and what transformers' eager attention makes of the answers."""
 
+import pytest
 import torch
 
 from verl_avar.miniature.model import load
@@ -86,3 +87,10 @@ def wanted_score(masses):
         "n": len(ratios),
         "tokens": ratios.tolist(),
     }
+
+
+def same_score(score, wanted, tolerance):
+    """Asserts equal keys, and figures within `tolerance`, relative where they are above 1."""
+    assert score.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert score[name] == pytest.approx(value, rel=tolerance, abs=tolerance), name

@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 import pytest
-from rollouts import Eager, wanted_score
+from rollouts import Eager, same_score, wanted_score
 from servers import SHARED, Server
 from traffic import Answer, Crowd, all_at_once, bad_bodies, one_by_one, scored_asks, write_miniature
 
@@ -101,12 +101,6 @@ def _await_quiet(server):
         time.sleep(0.2)
 
 
-def _same_score(score, wanted):
-    assert score.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert score[name] == pytest.approx(value, rel=TOLERANCE, abs=TOLERANCE), name
-
-
 def _ties(eager, first, second):
     """Whether two greedy answers part at two tokens that eager attention finds as likely."""
     assert first.prompt_ids == second.prompt_ids
@@ -149,10 +143,10 @@ def test_every_greedy_answer_scores_as_it_does_alone(soak, single, eager):
             continue
         alone = single[answer.ask]
         if answer.ids == alone.ids:
-            _same_score(answer.score, alone.score)
+            same_score(answer.score, alone.score, TOLERANCE)
         else:
             assert _ties(eager, answer, alone), f"{answer} differs from {alone}"
-            _same_score(answer.score, _eager_score(eager, answer))
+            same_score(answer.score, _eager_score(eager, answer), TOLERANCE)
             tied += 1
     assert tied < 0.01 * len(soak.answers)
 
@@ -161,12 +155,12 @@ def test_every_sampled_answer_scores_as_eager_attention_over_its_tokens(soak, ea
     sampled = [answer for answer in soak.answers if answer.ask.temperature]
     assert len({tuple(answer.ids) for answer in sampled}) > len(sampled) / 2
     for answer in sampled:
-        _same_score(answer.score, _eager_score(eager, answer))
+        same_score(answer.score, _eager_score(eager, answer), TOLERANCE)
 
 
 def test_single_requests_score_as_eager_attention(single, eager):
     for answer in single.values():
-        _same_score(answer.score, _eager_score(eager, answer))
+        same_score(answer.score, _eager_score(eager, answer), TOLERANCE)
 
 
 def test_nothing_is_live_after_the_last_answer(soak):

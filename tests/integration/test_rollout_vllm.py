@@ -17,7 +17,7 @@ from verl_avar.rollout import kv_transfer_config
 from verl_avar.rollout.scores import shared_folder
 
 LAYERS, NEW_TOKENS = 3, 24
-BLOCK, BLOCKS, CHUNK, SEQUENCES = 16, 40, 32, 16
+BLOCK, BLOCKS, CHUNK, SEQUENCES = 32, 22, 32, 16
 BIASES = [(0.0, 0.0), (1.0, 0.0), (0.0, -1.0), (0.5, -0.5)]  # visual, system
 
 
