@@ -208,8 +208,9 @@ def test_a_killed_sweep_leaves_no_engine_behind(data, expected, tmp_path, scratc
     assert not psutil.wait_procs(processes, timeout=90)[1]
     assert not [name for name in shared if (SHARED / name).exists()]
     assert not list(scratch.glob("avar-vllm-*"))
-    assert main(words(data, out, "--backend", "vllm", *ENGINE)) == 1
-    same(read(out), expected)
+    done = read(out)
+    assert 3 <= len(done) < 6 * 18
+    same(done, {at: expected[at] for at in done})
 
 
 @pytest.fixture

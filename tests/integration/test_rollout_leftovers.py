@@ -1,6 +1,7 @@
 """Two servers on one machine under one engine_id, and servers that are killed: no score is another's, nothing stays."""
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import httpx
 import pytest
@@ -13,6 +14,7 @@ from verl_avar.rollout import kv_transfer_config
 FLAGS = ("--max-model-len", "320", "--kv-cache-memory-bytes", "32M")
 CONFIG = kv_transfer_config() | {"engine_id": "same"}  # as two copies of one start script have it
 TOLERANCE = 1e-4
+CLIENTS = 4
 
 
 @pytest.fixture(scope="module")
@@ -65,30 +67,37 @@ def test_two_servers_of_one_engine_id_keep_their_own_scores(pair, check, ban):
     assert not named_score_files()
 
 
-@pytest.mark.parametrize("victim", ["worker", "everything"])
-def test_a_killed_server_leaves_no_scores_and_starts_again(pair, check, checkpoint, ban, tmp_path, victim):
-    """SIGKILL in the middle of an answer. The other server, of the same engine_id, doesn't notice."""
-    long = Ask("Describe the image.", (0,), max_tokens=200)
-    with Server(checkpoint, tmp_path, *FLAGS, config=CONFIG) as server, ThreadPoolExecutor() as pool:
-        server.wait()
-        answer = pool.submit(one_by_one, server.url, [long], ban)
-        while not server.metrics()["vllm:num_requests_running"]:
-            assert not answer.done()
-        server.kill(*([server.process("worker")] if victim == "worker" else server.processes()))
-        with pytest.raises((httpx.TransportError, AssertionError)):  # the connection breaks, or the status is 500
-            answer.result()
-        server.await_end()  # the rest ends by itself
-        assert not [path for path in server.left_files() if path.name.startswith("avar")]
-        assert not named_score_files()
-        port = server.port
-    check(one_by_one(pair[1].url, scored_asks()[:4], ban))
+def test_a_killed_server_leaves_no_scores_and_starts_again(pair, check, checkpoint, ban, tmp_path):
+    """SIGKILL in the middle of an answer, of its worker and then of all its processes. The other server, of the same
+    engine_id, doesn't notice."""
+    first, second = pair
+    with _killed_while_it_answers(first, lambda: [first.process("worker")], ban) as port:
+        check(one_by_one(second.url, scored_asks()[:4], ban))
+    with Server(checkpoint, tmp_path, *FLAGS, config=CONFIG, port=port) as again:
+        check(one_by_one(again.wait().url, scored_asks()[:4], ban))
+        with _killed_while_it_answers(again, again.processes, ban):
+            check(one_by_one(second.url, scored_asks()[:4], ban))
     with Server(checkpoint, tmp_path, *FLAGS, config=CONFIG, port=port) as again:
         check(one_by_one(again.wait().url, scored_asks()[:4], ban))
         assert again.stop() == 0
         assert not again.left_files()
+    assert second.stop() == 0
+    assert not second.left_files()
 
 
-def test_nothing_is_left_when_they_end(pair):
-    for server in pair:
-        assert server.stop() == 0
-        assert not server.left_files()
+@contextmanager
+def _killed_while_it_answers(server, victims, ban):
+    """Kills the victims; the rest ends by itself. Yields the server's port."""
+    endless = [Ask("Describe the image.", (0,), max_tokens=200)] * 10_000
+    with server, ThreadPoolExecutor(CLIENTS) as pool:
+        answers = [pool.submit(one_by_one, server.url, endless, ban) for _ in range(CLIENTS)]
+        while not server.metrics()["vllm:num_requests_running"]:
+            assert not any(answer.done() for answer in answers)
+        server.kill(*victims())
+        for answer in answers:
+            with pytest.raises((httpx.TransportError, AssertionError)):  # the connection breaks, or the status is 500
+                answer.result()
+        server.await_end()
+        assert not [path for path in server.left_files() if path.name.startswith("avar")]
+        assert not named_score_files()
+        yield server.port
