@@ -1,10 +1,17 @@
 """The AVAR engine on real verl: its masses against full attention maps, and an objective that no batching changes."""
 
-import io
-import os
-
 import pytest
 import torch
+from training_engines import (
+    assert_same,
+    batch,
+    infer,
+    new_engine,
+    one_rank,
+    train_step,
+    transformers_kept,
+    write_samples,
+)
 
 torch.manual_seed(0)
 
@@ -25,146 +32,18 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """Six samples: with one image, with two, without any, and of several lengths."""
-    import pandas as pd
-    from PIL import Image
-
-    def png(colour):
-        buffer = io.BytesIO()
-        Image.new("RGB", (84, 84), colour).save(buffer, "png")
-        return {"bytes": buffer.getvalue()}
-
-    def sample(question, answer, colours):
-        messages = [
-            {"role": "system", "content": "Look and answer."},
-            {"role": "user", "content": "<image>" * len(colours) + question},
-            {"role": "assistant", "content": answer},
-        ]
-        return {"messages": messages, "images": [png(colour) for colour in colours]}
-
-    path = tmp_path_factory.mktemp("data") / "sft.parquet"
-    samples = [
-        sample("What colour?", "<think>It is red.</think><answer>red</answer>", ["red"]),
-        sample("And this?", "<answer>blue</answer>", ["blue"]),
-        sample("Same?", "<think>One is green, the other not.</think><answer>no</answer>", ["green", "red"]),
-        sample("One and one?", "<answer>2</answer>", []),
-        sample("What colour is it?", "<answer>white</answer>", ["white"]),
-        sample("Which?", "<think>Looking at the image again, black.</think><answer>black</answer>", ["black"]),
-    ]
-    pd.DataFrame(samples).to_parquet(path)
-    return path
+    return write_samples(tmp_path_factory.mktemp("data") / "sft.parquet")
 
 
 @pytest.fixture(scope="module")
-def process_group():
-    from verl.utils.distributed import initialize_global_process_group
-
-    from verl_avar.training.environment import single_process_group
-
-    before = dict(os.environ)
-    single_process_group()
-    initialize_global_process_group()
-    yield
-    torch.distributed.destroy_process_group()
-    os.environ.clear()
-    os.environ.update(before)
-
-
-@pytest.fixture(scope="module")
-def transformers_restored():
-    """verl gives transformers' Qwen-VL classes its own `forward` when an engine is built; other tests want theirs."""
-    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
-    from transformers.models.qwen2_vl import modeling_qwen2_vl
-
-    classes = [
-        value
-        for module in (modeling_qwen2_vl, modeling_qwen2_5_vl)
-        for value in vars(module).values()
-        if isinstance(value, type) and "forward" in vars(value)
-    ]
-    before = [(cls, vars(cls)["forward"]) for cls in classes]
-    yield
-    for cls, forward in before:
-        cls.forward = forward
-
-
-@pytest.fixture(scope="module")
-def build_engine(model_folder, process_group, transformers_restored):
+def build_engine(model_folder):
     """Builds a real engine with settings of the block `avar` and of the model."""
-    from verl.utils.config import omega_conf_to_dataclass
-    from verl.workers.engine import EngineRegistry
 
-    from verl_avar.training.compose import compose
+    def build(**settings):
+        return new_engine(model_folder, **settings)
 
-    def build(packed=False, checkpointing=False, **avar):
-        config = compose("sft_cpu", [f"model.path={model_folder}", f"model.use_remove_padding={packed}"])
-        config.model.enable_gradient_checkpointing = checkpointing
-        config.optim.total_training_steps = 10
-        for name, value in avar.items():
-            config.engine.avar[name] = value
-        parts = {n: omega_conf_to_dataclass(config[n]) for n in ("model", "engine", "optim", "checkpoint")}
-        engine = EngineRegistry.new(
-            model_type="language_model",
-            backend="fsdp2",
-            model_config=parts["model"],
-            engine_config=parts["engine"],
-            optimizer_config=parts["optim"],
-            checkpoint_config=parts["checkpoint"],
-        )
-        engine.initialize()
-        return engine
-
-    return build
-
-
-def batch(engine, rows, micro_batch_size=6):
-    """The samples as verl's SFT trainer hands them to the engine."""
-    from omegaconf import OmegaConf
-    from verl.utils import tensordict_utils as tu
-    from verl.utils.dataset.dataset_utils import SFTTensorCollator
-    from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset
-
-    config = OmegaConf.create({"pad_mode": "no_padding", "max_length": 512, "ignore_input_ids_mismatch": True})
-    model = engine.model_config
-    data = MultiTurnSFTDataset(str(rows), model.tokenizer, config, model.processor)
-    return tu.get_tensordict(
-        SFTTensorCollator("no_padding")([data[i] for i in range(len(data))]),
-        non_tensor_dict={
-            "use_remove_padding": model.use_remove_padding,
-            "use_dynamic_bsz": False,
-            "micro_batch_size_per_gpu": micro_batch_size,
-            "temperature": 1.0,
-            "global_batch_size": len(data),
-            "pad_mode": "no_padding",
-            "pad_token_id": model.tokenizer.pad_token_id,
-        },
-    )
-
-
-def train_step(engine, rows, micro_batch_size=6):
-    """Loss, metrics and gradients of one mini-batch."""
-    from functools import partial
-
-    from verl.workers.utils.losses import sft_loss
-
-    with engine.train_mode():
-        output = engine.forward_backward_batch(batch(engine, rows, micro_batch_size), partial(sft_loss, config=None))
-        gradients = [p.grad.full_tensor().clone() for p in engine.module.parameters() if p.grad is not None]
-    metrics = {name: value[0] for name, value in output["metrics"].items()}
-    return sum(output["loss"]), metrics, gradients
-
-
-def infer(engine, rows, micro_batch_size=6):
-    with engine.eval_mode():
-        return engine.infer_batch(batch(engine, rows, micro_batch_size))["model_output"]
-
-
-def assert_same(first, second, tolerance=1e-6):
-    (loss, metrics, gradients), (other_loss, other_metrics, other_gradients) = first, second
-    assert other_loss == pytest.approx(loss, abs=tolerance)
-    assert other_metrics == pytest.approx(metrics, abs=tolerance)
-    for gradient, other in zip(gradients, other_gradients, strict=True):
-        torch.testing.assert_close(other, gradient, atol=tolerance, rtol=1e-4)
+    with one_rank(), transformers_kept():
+        yield build
 
 
 def full_maps(engine, model_folder, rows):
@@ -221,7 +100,7 @@ def test_masses_are_those_of_the_full_attention_maps(build_engine, model_folder,
 @pytest.mark.parametrize("scope", ["response", "user+response"])
 def test_objective_does_not_depend_on_micro_batching(build_engine, rows, scope):
     engine = build_engine(alpha=0.3, beta=0.2, queries=scope)
-    whole = train_step(engine, rows, 6)
+    whole = train_step(engine, rows)
     for size in (1, 2, 3):
         assert_same(whole, train_step(engine, rows, size))
 
@@ -253,16 +132,46 @@ def test_objective_is_added_to_the_loss_of_verl(build_engine, model_folder, rows
     assert loss == pytest.approx(plain + metrics["agto/loss"], abs=1e-5)
 
 
-def test_metrics_are_the_means_of_what_inference_returns(build_engine, rows):
+def test_metrics_are_those_of_the_full_attention_maps(build_engine, model_folder, rows):
+    from verl_avar.vas import Vas
+
     engine = build_engine(alpha=0.0, beta=0.0, masses="always")
     _, metrics, _ = train_step(engine, rows, 2)
-    output, tokens = infer(engine, rows), batch(engine, rows)["loss_mask"].values().sum().item()
-    for metric, name in [
-        ("visual_mass", "visual_mass"),
-        ("system_mass", "system_mass"),
-        ("vas_response", "visual_ratio"),
-    ]:
-        assert metrics[f"attention/{metric}"] == pytest.approx(output[name].values().sum().item() / tokens, rel=1e-4)
+    maps = full_maps(engine, model_folder, rows)
+    for scope in ("response", "user"):
+        vas = Vas(scope)
+        vas.add(*maps)
+        summary = vas.summary()
+        assert summary["skipped"] == 1  # the sample without an image
+        assert metrics[f"attention/vas_{scope}"] == pytest.approx(summary["head_mean"], rel=1e-4)
+        assert metrics[f"attention/vas_{scope}_paper"] == pytest.approx(summary["paper"], rel=1e-4)
+        if scope == "response":
+            assert metrics["attention/visual_mass"] == pytest.approx(summary["mass"]["visual"], rel=1e-4)
+    scores, tokens = infer(engine, rows), batch(engine, rows)["loss_mask"].values().sum().item()
+    assert metrics["attention/system_mass"] == pytest.approx(
+        scores["system_mass"].values().sum().item() / tokens, rel=1e-4
+    )
+
+
+def test_text_alone_has_no_visual_figures(build_engine, rows):
+    _, metrics, _ = train_step(build_engine(alpha=0.3, beta=0.2), rows, samples=[3])
+    assert metrics["agto/enhance"] == 0 and metrics["agto/suppress"] < 0
+    assert {name for name in metrics if name.startswith("attention/")} == {"attention/system_mass"}
+
+
+def test_schedule_of_the_coefficients_resumes_with_the_checkpoint(build_engine, rows, tmp_path):
+    settings = {"alpha": 0.4, "beta": 0.2, "warmup_steps": 4}
+    engine = build_engine(**settings)
+    loss, first, gradients = train_step(engine, rows)
+    assert (first["agto/alpha"], first["agto/beta"]) == pytest.approx((0.1, 0.05))
+    assert_same((loss, first, gradients), train_step(build_engine(alpha=0.1, beta=0.05), rows))
+    for _ in range(2):
+        engine.optimizer_step()
+        engine.lr_scheduler_step()
+    engine.save_checkpoint(str(tmp_path))
+    resumed = build_engine(**settings)
+    resumed.load_checkpoint(str(tmp_path), del_local_after_load=False)
+    assert train_step(resumed, rows)[1]["agto/alpha"] == pytest.approx(0.3)
 
 
 def test_a_pass_that_measures_nothing_is_verls_own(build_engine, rows):

@@ -33,6 +33,10 @@ def test_unknown_key_names_the_valid_ones():
         ("layers", [-1]),
         ("system_floor", 1.5),
         ("masses", "never"),
+        ("warmup_steps", -1),
+        ("warmup_steps", 0.1),
+        ("warmup_steps", True),
+        ("decay_steps", 0),
     ],
 )
 def test_bad_value_names_key_and_value(key, value):
@@ -58,6 +62,26 @@ def test_layers_are_sorted_and_unique():
 )
 def test_which_passes_measure(masses, alpha, training, measures):
     assert AvarConfig(alpha=alpha, masses=masses).measures(training) is measures
+
+
+@pytest.mark.parametrize(
+    ("settings", "alphas"),
+    [
+        ({}, [0.3] * 8),
+        ({"warmup_steps": 3}, [0.1, 0.2, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3]),
+        ({"decay_steps": 3}, [0.3, 0.2, 0.1, 0.0, 0.0, 0.0, 0.0, 0.0]),
+        ({"warmup_steps": 2, "decay_steps": 3}, [0.15, 0.3, 0.3, 0.2, 0.1, 0.0, 0.0, 0.0]),
+    ],
+)
+def test_coefficients_follow_their_schedule(settings, alphas):
+    config = AvarConfig(alpha=0.3, beta=0.6, **settings)
+    assert [config.at(step).alpha for step in range(8)] == pytest.approx(alphas)
+    assert [config.at(step).beta for step in range(8)] == pytest.approx([2 * alpha for alpha in alphas])
+
+
+def test_objective_that_decayed_to_nothing_measures_nothing():
+    config = AvarConfig(alpha=0.3, decay_steps=2, masses="objective")
+    assert [config.at(step).measures(training=True) for step in range(4)] == [True, True, False, False]
 
 
 def test_verl_builds_the_engine_config_from_yaml():

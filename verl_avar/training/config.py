@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from verl.workers.config import FSDPEngineConfig
@@ -32,6 +32,8 @@ class AvarConfig:
     layers: str | list[int] = "all"  # text layers of the objective and of the masses
     system_floor: float | None = None  # a query-averaged system mass below this is not suppressed further
     masses: str = "always"  # passes that measure masses: "always", "infer" (no gradient), "train", "objective"
+    warmup_steps: int = 0  # alpha and beta rise linearly over the first steps and are whole at the last of these
+    decay_steps: int | None = None  # after the warm-up they fall linearly to 0 over so many steps; null: they stay
 
     def __post_init__(self):
         for name in ("alpha", "beta"):
@@ -39,6 +41,9 @@ class AvarConfig:
         _require(_is_number(self.eps) and self.eps > 0, "eps", self, "a number > 0")
         _require(self.queries in SCOPES, "queries", self, f"one of {', '.join(SCOPES)}")
         _require(self.masses in PASSES, "masses", self, f"one of {', '.join(PASSES)}")
+        _require(_is_count(self.warmup_steps, 0), "warmup_steps", self, "a number of steps >= 0")
+        ok = self.decay_steps is None or _is_count(self.decay_steps, 1)
+        _require(ok, "decay_steps", self, "null or a number of steps >= 1")
         floor = self.system_floor
         ok = floor is None or (_is_number(floor) and 0 < floor < 1)
         _require(ok, "system_floor", self, "null or a mass between 0 and 1")
@@ -59,6 +64,17 @@ class AvarConfig:
             raise ValueError(f"avar: unknown key {', '.join(unknown)}; the keys are {', '.join(known)}")
         return cls(**block)
 
+    def at(self, step: int) -> AvarConfig:
+        """The settings of one step, its coefficients scaled by the schedule and the schedule taken out.
+
+        step: steps done before it, as verl's learning-rate schedule counts them: optimizer steps in SFT, updates of the
+        actor in RL.
+        """
+        factor = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        if self.decay_steps is not None:
+            factor *= min(1.0, max(0.0, 1.0 - (step - self.warmup_steps) / self.decay_steps))
+        return replace(self, alpha=factor * self.alpha, beta=factor * self.beta, warmup_steps=0, decay_steps=None)
+
     @property
     def active(self) -> bool:
         """Whether there is an objective."""
@@ -78,6 +94,10 @@ class AvarConfig:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _require(ok: bool, name: str, config: AvarConfig, wanted: str) -> None:

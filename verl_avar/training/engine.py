@@ -24,6 +24,7 @@ from verl_avar.objective import agto_counts, agto_terms
 from verl_avar.reward import token_scores
 from verl_avar.roles import ChatTokens, Role, query_mask, token_roles
 from verl_avar.training.config import AvarConfig
+from verl_avar.training.figures import QUERIES, Figures
 from verl_avar.training.packing import full_length_mask, pack, pad_rows, unpack, within
 
 
@@ -50,7 +51,7 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
 
     `model_output` gains, in passes that measure, nested entries of one value per token, at the query that produces the
     next token, as `log_probs` is aligned: those of `OUTPUTS` (mean over layers and heads; 0 at other queries).
-    Metrics of a training step gain `agto/*` and `attention/*`, exact over the mini-batch.
+    Metrics of a training step gain `agto/*` and `attention/*`, exact over the mini-batch of all ranks (`figures.py`).
     """
 
     def __init__(self, model_config, engine_config, optimizer_config, checkpoint_config):
@@ -63,7 +64,8 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
         self.chat = ChatTokens.from_tokenizer(model_config.tokenizer, model_config.hf_config)
         self._open_probes = ExitStack()
         self._micro_batch: MicroBatch | None = None  # None in a pass that doesn't measure
-        self._sums: dict[str, torch.Tensor] = {}  # of the mini-batch so far, on this rank
+        self._now = self.avar  # the settings of this step
+        self._figures: Figures | None = None  # of the mini-batch, in a training pass that measures
 
     def _build_module(self) -> torch.nn.Module:
         # verl's packed attention for Qwen2-VL calls flash-attn by itself, past transformers' attention registry,
@@ -79,17 +81,20 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
 
     def forward_backward_batch(self, data: TensorDict, loss_function, forward_only: bool = False) -> Any:
         """As verl's, with the roles of the batch found first and the objective's metrics added to the output."""
-        if not self.avar.measures(training=not forward_only):
+        # verl saves its learning-rate schedule with every checkpoint: ours resumes with it.
+        self._now = self.avar if forward_only else self.avar.at(self.lr_scheduler.last_epoch)
+        if not self._now.measures(training=not forward_only):
             return super().forward_backward_batch(data, loss_function, forward_only)
         data["roles"] = self._roles(data)
-        self._totals, self._sums = (None if forward_only else self._count_samples(data["roles"])), {}
+        self._figures = None if forward_only else Figures(self._now, self._count_samples(data["roles"]))
         # Gradient checkpointing runs the attention functions again in the backward pass, which verl calls after
         # `forward_step`: a probe stays open until the next micro-batch.
         with self._open_probes:
             output = super().forward_backward_batch(data, loss_function, forward_only)
         self._micro_batch = None
         if not forward_only:
-            output["metrics"].update(self._metrics())
+            metrics = self._figures.metrics(self.get_data_parallel_group())
+            output["metrics"].update({name: [value] for name, value in metrics.items()})
         return output
 
     def forward_step(self, micro_batch: TensorDict, loss_function, forward_only: bool):
@@ -115,16 +120,14 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
             measured.record.mass(role) if lengths is None else unpack(measured.record.mass(role), lengths)
             for role in (Role.VISUAL, Role.SYSTEM)
         )
-        answers = query_mask(roles, "response")
         with torch.no_grad():
-            scores = token_scores(measured.visual, measured.system, eps=self.avar.eps) * answers  # [5, B, T]
+            scores = token_scores(measured.visual, measured.system, eps=self.avar.eps)  # [5, B, T]
+        if self._figures is not None:
+            self._figures.add_scores(scores, roles)
+        scores = scores * query_mask(roles, "response")
         ids = micro_batch["input_ids"]
         for name, score in zip(OUTPUTS, scores, strict=True):
             model_output[name] = torch.nested.nested_tensor_from_jagged(score[within(ids)], ids.offsets())
-        has_system = (roles == Role.SYSTEM).any(dim=-1, keepdim=True)  # without one the ratio measures eps
-        self._add("vas_response", scores[0], answers & has_system)
-        self._add("visual_mass", scores[2], answers)
-        self._add("system_mass", scores[3], answers)
         return model_output
 
     def _roles(self, data: TensorDict) -> torch.Tensor:
@@ -135,11 +138,9 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
         return torch.nested.nested_tensor_from_jagged(roles[within(ids)], ids.offsets())
 
     def _open_probe(self, micro_batch: TensorDict, forward_only: bool) -> MicroBatch:
-        """Opens a probe for the queries this pass needs: the answers', and those of the objective."""
+        """Opens a probe for the queries this pass needs: the answers', or those of the objective and the figures."""
         roles = pad_rows(micro_batch["roles"])
-        queries = query_mask(roles, "response")
-        if self.avar.active and not forward_only:
-            queries = queries | query_mask(roles, self.avar.queries)
+        queries = query_mask(roles, "response" if forward_only else QUERIES)
         seen, lengths = roles, None
         if tu.get_non_tensor_data(micro_batch, "use_remove_padding", default=True):
             lengths = micro_batch["input_ids"].offsets().diff().tolist()
@@ -150,7 +151,7 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
 
     def _objective(self, measured: MicroBatch) -> torch.Tensor:
         """This micro-batch's part of AGTO, scaled as verl scales its losses: FSDP averages gradients over ranks."""
-        config = self.avar
+        config = self._now
         terms = agto_terms(
             measured.visual,
             measured.system,
@@ -159,34 +160,14 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
             eps=config.eps,
             system_floor=config.system_floor,
         )
-        for name, value in (("enhance", terms.enhance_sum), ("suppress", terms.suppress_sum)):
-            self._sums[name] = self._sums.get(name, 0.0) + value.detach()
-        return terms.loss(config.alpha, config.beta, *self._totals) * self.get_data_parallel_size()
+        self._figures.add_terms(terms)
+        return terms.loss(config.alpha, config.beta, *self._figures.counts) * self.get_data_parallel_size()
 
     def _count_samples(self, roles: torch.Tensor) -> tuple[int, int]:
         """Samples of the mini-batch, over all ranks, that have the enhance and the suppress term."""
         counts = torch.tensor(agto_counts(pad_rows(roles), self.avar.queries), device=get_device_id())
         torch.distributed.all_reduce(counts, group=self.get_data_parallel_group())
         return tuple(counts.tolist())
-
-    def _add(self, name: str, values: torch.Tensor, where: torch.Tensor) -> None:
-        """Adds to the sum and the count behind the mean of `name` over queries."""
-        for part, value in ((name, (values * where).sum()), (f"{name}/count", where.sum())):
-            self._sums[part] = self._sums.get(part, 0.0) + value
-
-    def _metrics(self) -> dict[str, list[float]]:
-        """Figures of the mini-batch over all ranks, in the form of verl's metrics (a list per name)."""
-        sums = torch.stack([value.double() for value in self._sums.values()])
-        torch.distributed.all_reduce(sums, group=self.get_data_parallel_group())
-        total = dict(zip(self._sums, sums.tolist(), strict=True))
-        metrics = {
-            f"agto/{name}": total[name] / max(1, count)
-            for name, count in zip(("enhance", "suppress"), self._totals, strict=True)
-        }
-        metrics["agto/loss"] = self.avar.alpha * metrics["agto/enhance"] + self.avar.beta * metrics["agto/suppress"]
-        for name in ("vas_response", "visual_mass", "system_mass"):
-            metrics[f"attention/{name}"] = total[name] / max(1.0, total[f"{name}/count"])
-        return {name: [value] for name, value in metrics.items()}
 
 
 @EngineRegistry.register(
