@@ -110,6 +110,7 @@ def new_engine(folder, packed=False, checkpointing=False, lora_rank=0, bf16=Fals
         optimizer_config=parts["optim"],
         checkpoint_config=parts["checkpoint"],
     )
+    torch.manual_seed(0)  # LoRA's weights are drawn, on each rank
     engine.initialize()
     return engine
 
