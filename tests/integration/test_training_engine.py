@@ -181,6 +181,20 @@ def test_a_pass_that_measures_nothing_is_verls_own(build_engine, rows):
     assert set(infer(engine, rows)) == {"log_probs"}
 
 
+def test_a_batch_that_was_measured_trains_without_measuring(build_engine, rows):
+    from functools import partial
+
+    from verl.workers.utils.losses import sft_loss
+
+    engine = build_engine(alpha=0.0, beta=0.0, masses="infer")
+    data = batch(engine, rows)
+    with engine.eval_mode():
+        assert "visual_mass" in engine.infer_batch(data)["model_output"]
+    with engine.train_mode():
+        output = engine.forward_backward_batch(data, partial(sft_loss, config=None))
+    assert not any(name.startswith(("agto/", "attention/")) for name in output["metrics"])
+
+
 def test_selected_layers_alone_enter_the_objective(build_engine, rows):
     _, every, _ = train_step(build_engine(alpha=0.3), rows)
     _, last, _ = train_step(build_engine(alpha=0.3, layers=[2]), rows)

@@ -88,6 +88,7 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
         # verl saves its learning-rate schedule with every checkpoint: ours resumes with it.
         self._now = self.avar if forward_only else self.avar.at(self.lr_scheduler.last_epoch)
         if not self._now.measures(training=not forward_only):
+            data.pop("roles", None)  # an earlier pass over the same batch may have measured
             return self._pass(data, loss_function, forward_only)
         data["roles"] = self._roles(data)
         self._figures = None if forward_only else Figures(self._now, self._count_samples(data["roles"]))
@@ -108,6 +109,7 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
     def forward_step(self, micro_batch: TensorDict, loss_function, forward_only: bool):
         """As verl's, inside a probe, with AGTO added to the loss of a training pass."""
         self._open.close()
+        self._micro_batch = None
         micro_batch = micro_batch.to(get_device_id())
         lengths = self._packed_lengths(micro_batch)
         if self.use_ulysses_sp:
