@@ -28,6 +28,17 @@ def test_row_without_image_is_counted(tmp_path):
     check_files(path, ["messages", "images"], images=None)
 
 
+def test_rows_without_image_stand_beside_others_where_that_is_allowed(tmp_path):
+    some = parquet(tmp_path / "some.parquet", [[{"bytes": b"png"}], []])
+    none = parquet(tmp_path / "none.parquet", [[], []])
+    check_files([some, none], ["messages", "images"], mixed=True)
+    null = parquet(tmp_path / "null.parquet", [[{"bytes": b"png"}], None])
+    with pytest.raises(ConfigError, match="images is null in 1 of 2 rows; verl wants an empty list"):
+        check_files(null, ["messages", "images"], mixed=True)
+    with pytest.raises(ConfigError, match="none of 2 rows has an image"):
+        check_files(none, ["messages", "images"], mixed=True)
+
+
 def test_missing_column_lists_what_is_there(tmp_path):
     with pytest.raises(ConfigError, match="has no column prompt; it has messages, images"):
         check_files(parquet(tmp_path / "a.parquet", [[{"bytes": b"png"}]]), ["prompt", "images"])

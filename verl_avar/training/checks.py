@@ -47,10 +47,13 @@ def check_roles(files: str | Sequence[str], column: str) -> None:
             )
 
 
-def check_files(files: str | Sequence[str] | None, columns: Sequence[str], images: str | None = "images") -> None:
+def check_files(
+    files: str | Sequence[str] | None, columns: Sequence[str], images: str | None = "images", mixed: bool = False
+) -> None:
     """Raises ConfigError for a parquet file that is missing, unreadable or empty, or lacks columns or images.
 
     columns: names that must be there. images: the column in which every row must have at least one; None: no such rule.
+    mixed: rows without an image may stand beside rows with one, in the same file or in others.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -58,6 +61,7 @@ def check_files(files: str | Sequence[str] | None, columns: Sequence[str], image
 
     if not files:
         raise ConfigError("no data file given (data.train_files)")
+    rows_with_images = rows = 0
     for name in [files] if isinstance(files, str) else files:
         path = Path(str(name)).expanduser()
         if not path.is_file():
@@ -74,10 +78,16 @@ def check_files(files: str | Sequence[str] | None, columns: Sequence[str], image
             raise ConfigError(f"{path} has no rows")
         if images is not None:
             # In batches: the images of a whole file need not fit into memory.
-            bare = sum(
-                pc.sum(pc.less(pc.fill_null(pc.list_value_length(batch.column(0)), 0), 1)).as_py()
-                for batch in parquet.iter_batches(batch_size=256, columns=[images])
-            )
-            if bare:
-                total = parquet.metadata.num_rows
+            bare = null = 0
+            for batch in parquet.iter_batches(batch_size=256, columns=[images]):
+                lengths = pc.list_value_length(batch.column(0))
+                bare += pc.sum(pc.less(pc.fill_null(lengths, 0), 1)).as_py()
+                null += lengths.null_count
+            total = parquet.metadata.num_rows
+            if bare and not mixed:
                 raise ConfigError(f"{path}: {bare} of {total} rows have no image; visual attention needs one")
+            if null:
+                raise ConfigError(f"{path}: {images} is null in {null} of {total} rows; verl wants an empty list there")
+            rows_with_images, rows = rows_with_images + total - bare, rows + total
+    if images is not None and not rows_with_images:
+        raise ConfigError(f"none of {rows} rows has an image; visual attention needs some")

@@ -23,7 +23,7 @@ def run(config: DictConfig) -> None:
 
     check_objective(config.engine.get("avar"))
     check_model(config.model.path)
-    check_files(config.data.train_files, columns=[config.data.messages_key, "images"])
+    check_files(config.data.train_files, columns=[config.data.messages_key, "images"], mixed=True)
     check_roles(config.data.train_files, config.data.messages_key)
     log_to_unless_told(config.avar.metrics_file)
     (run_on_ray if config.avar.ray else run_here)(config)
