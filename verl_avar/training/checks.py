@@ -9,6 +9,8 @@ from typing import Any
 from verl_avar.training.compose import ConfigError
 
 KNOWN_ROLES = frozenset({"system", "user", "assistant", "tool"})
+TRAINER_MODES = ("avar_sync", "avar_colocate_async", "avar_separate_async")
+ASYNC_MODES = ("colocate_async", "separate_async")  # verl's own
 
 
 def check_objective(block: Any) -> None:
@@ -19,10 +21,6 @@ def check_objective(block: Any) -> None:
         AvarConfig.of(block)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-
-
-TRAINER_MODES = ("avar_sync", "avar_colocate_async", "avar_separate_async")
-ASYNC_MODES = ("colocate_async", "separate_async")  # verl's own
 
 
 def check_visual_reward(config: Any) -> None:
