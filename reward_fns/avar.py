@@ -64,6 +64,7 @@ def compute_score(
         The same keys for every response (verl needs that to log them): `score`, what is trained on; `acc` and `format`,
         0 or 1; `visual`, the term that counted, before lambda_v; `visual_raw`, the same before the gate;
         `visual_ratio`, the response's VAS whatever the term; `visual_missing`, 1 where `on_missing="zero"` stood in;
+        `lambda_v`, the weight it counted with;
         `visual_mass`, `system_mass`, in [0, 1]; `pred`, the answer that was read, for verl's majority vote.
 
     Raises:
@@ -94,6 +95,7 @@ def compute_score(
         "visual_raw": raw,
         "visual_ratio": float((attention or {}).get("ratio") or 0.0),
         "visual_missing": missing,
+        "lambda_v": lambda_v,
         "visual_mass": float((attention or {}).get("visual_mass") or 0.0),
         "system_mass": float((attention or {}).get("system_mass") or 0.0),
         "pred": answer or "",

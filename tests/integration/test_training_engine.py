@@ -195,6 +195,23 @@ def test_a_batch_that_was_measured_trains_without_measuring(build_engine, rows):
     assert not any(name.startswith(("agto/", "attention/")) for name in output["metrics"])
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_row_that_fills_the_batch_has_no_turns_and_no_scores(build_engine, rows, packed):
+    """verl fills batches with rows of end markers without a response; here in the place of the text-only sample."""
+    engine = build_engine(packed=packed)
+    expected = infer(engine, rows)["visual_ratio"].unbind()
+    for size in (1, 6):
+        data = batch(engine, rows, size)
+        for name, fill in (("input_ids", engine.chat.turn_end), ("loss_mask", 0)):
+            parts = [torch.full_like(p, fill) if b == 3 else p for b, p in enumerate(data[name].unbind())]
+            data[name] = torch.nested.as_nested_tensor(parts, layout=torch.jagged)
+        with engine.eval_mode():
+            got = engine.infer_batch(data)["model_output"]["visual_ratio"].unbind()
+        assert not got[3].any()
+        for b in (0, 1, 2, 4, 5):
+            torch.testing.assert_close(got[b], expected[b], atol=1e-5, rtol=1e-4)
+
+
 def test_selected_layers_alone_enter_the_objective(build_engine, rows):
     _, every, _ = train_step(build_engine(alpha=0.3), rows)
     _, last, _ = train_step(build_engine(alpha=0.3, layers=[2]), rows)

@@ -1,4 +1,4 @@
-"""GRPO end to end on real verl, Ray and vLLM: two steps, the parts of the reward, and one number from two engines."""
+"""GRPO end to end on real verl, Ray and vLLM: two steps, the actor's number rewarded, and the rollout's beside it."""
 
 import os
 import subprocess
@@ -36,6 +36,9 @@ def steps(tmp_path_factory):
         "trainer.default_local_dir": folder / "checkpoints",
         "trainer.total_training_steps": 2,
         "trainer.save_freq": 2,
+        "avar.vars.source": "actor",
+        # An untrained model answers wrongly: behind the gate the visual term would be 0
+        "+reward.custom_reward_function.reward_kwargs.gate": False,
     }
     environment = {name: value for name, value in os.environ.items() if name != "VERL_FILE_LOGGER_PATH"}
     done = subprocess.run(
@@ -51,13 +54,21 @@ def steps(tmp_path_factory):
     return read_steps(folder / "checkpoints" / "metrics.jsonl"), latest_model(folder / "checkpoints")
 
 
-def test_every_step_logs_the_parts_of_the_reward(steps):
+def test_the_actors_number_is_rewarded_once(steps):
     metrics, _ = steps
     assert [step["step"] for step in metrics] == [1, 2]
     for step in metrics:
-        assert step["reward/visual_missing"] == 0 and step["reward/visual_raw"] > 0
-        parts = step["reward/acc"] + 0.3 * step["reward/visual"] + 0.1 * step["reward/format"]
-        assert step["critic/score/mean"] == pytest.approx(parts, abs=1e-5)
+        assert step["reward/lambda_v"] == 0 and step["vars/actor"] > 0
+        assert step["vars/reward"] == pytest.approx(0.3 * step["vars/actor"])
+        parts = step["reward/acc"] + 0.3 * step["vars/actor"] + 0.1 * step["reward/format"]
+        assert step["critic/score/mean"] == step["critic/rewards/mean"] == pytest.approx(parts, abs=1e-5)
+
+
+def test_every_rollouts_number_is_the_actors(steps):
+    for step in steps[0]:
+        assert step["reward/visual_missing"] == 0
+        assert step["vars/rollout"] == pytest.approx(step["reward/visual_raw"])
+        assert 0 < step["vars/difference"] <= step["vars/difference_max"] < 1e-3
 
 
 def test_rollout_and_actor_measure_the_same_attention(steps):

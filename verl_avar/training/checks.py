@@ -9,6 +9,8 @@ from typing import Any
 from verl_avar.training.compose import ConfigError
 
 KNOWN_ROLES = frozenset({"system", "user", "assistant", "tool"})
+TRAINER_MODES = ("avar_sync", "avar_colocate_async", "avar_separate_async")
+ASYNC_MODES = ("colocate_async", "separate_async")  # verl's own
 
 
 def check_objective(block: Any) -> None:
@@ -19,6 +21,41 @@ def check_objective(block: Any) -> None:
         AvarConfig.of(block)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def check_visual_reward(config: Any) -> None:
+    """Raises ConfigError where a run's settings of VARS (`avar.vars`) are bad or contradict others of the run."""
+    from verl_avar.training.config import AvarConfig
+    from verl_avar.training.visual_reward import VisualReward
+
+    try:
+        settings = VisualReward.of(config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    mode, modes = config.trainer.v1.trainer_mode, ", ".join(TRAINER_MODES)
+    if mode in ASYNC_MODES and settings.source == "rollout" and settings.lambda_v:
+        raise ConfigError(
+            f"trainer.v1.trainer_mode={mode}: verl's own client drops the rollouts' scores; set avar_{mode}"
+        )
+    if not settings.by_trainer:
+        return
+    said = f"avar.vars.source={settings.source}, normalise={settings.normalise}"
+    if mode not in TRAINER_MODES:
+        raise ConfigError(f"{said}: the trainer adds the visual term; set trainer.v1.trainer_mode to one of {modes}")
+    if settings.source != "actor":
+        return
+    if (config.algorithm.get("rollout_correction") or {}).get("bypass_mode", False):
+        raise ConfigError(
+            f"{said}: algorithm.rollout_correction.bypass_mode skips the pass that measures; set it to false, or "
+            "source=rollout"
+        )
+    actor = config.actor_rollout_ref.actor
+    name = "megatron" if actor.strategy == "megatron" else "fsdp_config"
+    if not AvarConfig.of(actor[name].get("avar")).measures(training=False):
+        raise ConfigError(
+            f"{said}: actor_rollout_ref.actor.{name}.avar.masses={actor[name].avar.masses} measures nothing in the "
+            "old-log-prob pass; set it to infer or always"
+        )
 
 
 def check_model(path: str) -> None:

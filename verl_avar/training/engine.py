@@ -166,7 +166,11 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
         """Roles of a batch, nested uint8 like its `input_ids`."""
         ids = data["input_ids"]
         written = full_length_mask(data["loss_mask"], ids.offsets().diff().tolist())
-        roles = token_roles(pad_rows(ids), self.chat, attention_mask=within(ids), response_mask=pad_rows(written))
+        padded, mask, written = pad_rows(ids), within(ids), pad_rows(written)
+        # verl fills a batch with rows of end markers, without a turn to read (trainer/ppo/padding_utils.py)
+        real = written.any(dim=-1) | (mask & (padded != padded[:, :1])).any(dim=-1)
+        roles = torch.zeros_like(padded, dtype=torch.uint8)
+        roles[real] = token_roles(padded[real], self.chat, attention_mask=mask[real], response_mask=written[real])
         return torch.nested.nested_tensor_from_jagged(roles[within(ids)], ids.offsets())
 
     def _open_probe(self, micro_batch: TensorDict, lengths: list[int] | None, forward_only: bool) -> MicroBatch:

@@ -43,9 +43,10 @@ def run(config: DictConfig) -> None:
 
 def check(config: DictConfig) -> None:
     """Finds what is wrong with the settings and the data before Ray starts; makes the reward's path absolute."""
-    from verl_avar.training.checks import check_files, check_model, check_objective, check_roles
+    from verl_avar.training.checks import check_files, check_model, check_objective, check_roles, check_visual_reward
 
     check_objective(config.actor_rollout_ref.actor.fsdp_config.get("avar"))
+    check_visual_reward(config)
     check_model(config.actor_rollout_ref.model.path)
     columns = [config.data.prompt_key, "data_source", "reward_model", config.data.image_key]
     check_files(config.data.train_files, columns, config.data.image_key)
