@@ -32,6 +32,9 @@ def run(config: DictConfig) -> None:
     import ray
     from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
 
+    from verl_avar.training.whole_checkpoints import before_resuming
+
+    before_resuming(config.trainer)
     started = time.time()
     with watch([config.trainer.default_local_dir, os.environ["VERL_FILE_LOGGER_PATH"]], config.avar.stall_s):
         try:

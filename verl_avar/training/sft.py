@@ -20,11 +20,13 @@ from verl_avar.training.metrics import log_to_unless_told
 def run(config: DictConfig) -> None:
     """Trains. Raises ConfigError for a mistake in the settings or the data."""
     from verl_avar.training.checks import check_files, check_model, check_objective, check_roles
+    from verl_avar.training.whole_checkpoints import before_resuming
 
     check_objective(config.engine.get("avar"))
     check_model(config.model.path)
     check_files(config.data.train_files, columns=[config.data.messages_key, "images"], mixed=True)
     check_roles(config.data.train_files, config.data.messages_key)
+    before_resuming(config.trainer)
     log_to_unless_told(config.avar.metrics_file)
     (run_on_ray if config.avar.ray else run_here)(config)
 
