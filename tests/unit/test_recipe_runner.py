@@ -11,6 +11,7 @@ import preflight
 import psutil
 import pytest
 import run
+import settings
 from conftest import ROOT
 from rich.console import Console
 from settings import SettingsError, load
@@ -44,7 +45,7 @@ def test_bad_settings_are_one_line(overrides, message):
 
 def test_stages_keep_their_order_and_unknown_ones_are_named():
     assert preflight.chosen_stages("report,data") == ["data", "report"]
-    assert preflight.chosen_stages(None) == list(preflight.STAGES)
+    assert preflight.chosen_stages(None) == list(settings.STAGES)
     with pytest.raises(SettingsError, match="unknown stage 'train'"):
         preflight.chosen_stages("data,train")
 
