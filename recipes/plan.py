@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,8 +114,11 @@ def _unused(config: DictConfig) -> tuple[str, ...]:
     """Parts of an RL configuration that this run builds nothing from; they follow others by interpolation."""
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
 
+    with warnings.catch_warnings():  # that GRPO has no critic
+        warnings.simplefilter("ignore")
+        critic = need_critic(config)
     parts = {
-        "critic.": need_critic(config),
+        "critic.": critic,
         "actor_rollout_ref.ref.": need_reference_policy(config),
         "distillation.": config.distillation.enabled,
     }

@@ -23,6 +23,7 @@ from files import read_json, write_json
 from omegaconf import DictConfig
 from rich.console import Console
 from settings import STAGES, SettingsError, fingerprint, load
+from sweep import Run, is_sweep, link, runs_of
 from trainer_process import StageFailed
 
 DONE, SETTINGS = "done.json", "settings.json"
@@ -42,7 +43,7 @@ EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 1, 130
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="run.py", description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", type=Path, help="a yaml of recipes/")
+    parser.add_argument("recipe", type=Path, help="a yaml of recipes/, of one run or of a sweep")
     parser.add_argument("--stages", help=f"comma-separated, of {', '.join(STAGES)}; the recipe's by default")
     parser.add_argument("--out", type=Path, help="folder of the run (default: runs/NAME)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the yaml, such as rl.steps=30")
@@ -53,8 +54,12 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 120)
     errors = Console(stderr=True)
     try:
-        for recipe, out in chosen_runs(args):
-            start(recipe, out, args, console, errors)
+        runs = chosen_runs(args)
+        for this in runs:  # all of them before the first starts
+            check(this, args, console, errors)
+        for this in runs if not args.dry_run else ():
+            link(this)
+            run(this.recipe, this.out, preflight.chosen_stages(args.stages, this.recipe.stages), console)
     except SettingsError as error:
         for line in error.args:
             errors.print(f"error: {line}", style="red", highlight=False, soft_wrap=True, markup=False)
@@ -69,20 +74,24 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def chosen_runs(args: argparse.Namespace) -> list[tuple[DictConfig, Path]]:
-    """The runs that a command line asks for, each with its folder."""
+def chosen_runs(args: argparse.Namespace) -> list[Run]:
+    """The runs that a command line asks for: one, or those of a sweep. Raises SettingsError for a mistake in any."""
+    if is_sweep(args.recipe):
+        if args.stages is not None:
+            raise SettingsError(f"--stages is for one run; the runs of {args.recipe.name} name their stages")
+        return runs_of(args.recipe, args.out, args.overrides)
     recipe = load(args.recipe, args.overrides)
-    return [(recipe, args.out or Path("runs") / recipe.name)]
+    return [Run(recipe, args.out or Path("runs") / recipe.name)]
 
 
-def start(recipe: DictConfig, out: Path, args: argparse.Namespace, console: Console, errors: Console) -> None:
-    """Checks one run, then runs it or, in a dry run, prints what it would do.
+def check(this: Run, args: argparse.Namespace, console: Console, errors: Console) -> None:
+    """Raises SettingsError with a line per problem of one run.
 
-    Raises SettingsError with a line per problem. In a dry run the machine's problems are printed and no error.
+    In a dry run what would run is printed, and so are the machine's problems, which are then no error.
     """
-    chosen = preflight.chosen_stages(args.stages, recipe.stages)
+    recipe, out = this.recipe, this.out
     prepare_environment(recipe)
-    stages = pending(recipe, out, chosen)
+    stages = pending(recipe, out, preflight.chosen_stages(args.stages, recipe.stages), this.given)
     composed = plan.compose_stages(recipe, out, stages)
     found = preflight.problems(recipe, out, stages, composed) if args.dry_run or {*stages} - {*REPEATED} else []
     if args.dry_run:
@@ -91,8 +100,6 @@ def start(recipe: DictConfig, out: Path, args: argparse.Namespace, console: Cons
             errors.print(f"problem: {line}", style="yellow", highlight=False, soft_wrap=True, markup=False)
     elif found:
         raise SettingsError(*found)
-    else:
-        run(recipe, out, chosen, console)
 
 
 def prepare_environment(recipe: DictConfig) -> None:
@@ -110,8 +117,8 @@ def interrupt(*_) -> None:
     raise KeyboardInterrupt
 
 
-def pending(recipe: DictConfig, out: Path, chosen: list[str]) -> list[str]:
-    """The chosen stages that have something to do.
+def pending(recipe: DictConfig, out: Path, chosen: list[str], given: tuple[str, ...] = ()) -> list[str]:
+    """The chosen stages that have something to do. given: stages that another run leaves here.
 
     Raises SettingsError where a stage was begun with other settings, or where what a stage needs is neither done nor
     chosen.
@@ -125,7 +132,7 @@ def pending(recipe: DictConfig, out: Path, chosen: list[str]) -> list[str]:
             )
     for stage in chosen:
         for needed in NEEDS[stage]:
-            if needed not in chosen and not (out / needed / DONE).exists():
+            if needed not in (*chosen, *given) and not (out / needed / DONE).exists():
                 raise SettingsError(f"stage '{stage}' needs '{needed}', which is not done in {out}; add it to --stages")
     return [stage for stage in chosen if stage in REPEATED or not (out / stage / DONE).exists()]
 

@@ -109,13 +109,23 @@ class Recipe:
 
 def load(path: Path, overrides: list[str]) -> DictConfig:
     """The recipe of a yaml with overrides. Raises SettingsError for anything unknown, missing or mistyped."""
+    recipe = merged(Recipe, path, overrides)
+    check(recipe, path.name)
+    return recipe
+
+
+def merged(schema: type, path: Path, overrides: list[str]) -> DictConfig:
+    """A yaml with overrides as `schema`, a dataclass, has it. Raises SettingsError as `load` does."""
     try:
         if bad := [o for o in overrides if "=" not in o]:
             raise SettingsError(f"'{bad[0]}' is not an override; write key=value, such as rl.steps=30")
-        recipe = OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.load(path), OmegaConf.from_dotlist(overrides))
+        try:
+            given = OmegaConf.from_dotlist(overrides)
+        except yaml.YAMLError as error:
+            raise SettingsError(f"an override is no yaml: {' '.join(str(error).split())}") from None
+        recipe = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path), given)
         if missing := OmegaConf.missing_keys(recipe):
             raise SettingsError(f"{path.name}: no value for {', '.join(sorted(missing))}")
-        check(recipe, path.name)
         return recipe
     except FileNotFoundError:
         raise SettingsError(f"no recipe {path}") from None
