@@ -1,48 +1,66 @@
-"""What can be found wrong before anything is written or started. Each finding is one line: what, where, how to fix."""
+"""What is wrong with this machine and the inputs, found before anything is written or started: a line per problem."""
 
 from __future__ import annotations
 
+import netrc
 import os
 import shutil
 from pathlib import Path
 
 import psutil
 from omegaconf import DictConfig
-from settings import SettingsError
+from plan import Composed
+from settings import STAGES, SettingsError
+from trainers import ROOT, TRAINED, ray_address
 
 GIB = 2**30
-STAGES = ("data", "coldstart", "coldstart_agto", "rl", "evaluate", "report")
+LOGGER_KEYS = {"wandb": ("WANDB_API_KEY", "WANDB_MODE"), "swanlab": ("SWANLAB_API_KEY", "SWANLAB_MODE")}
 
 
-def chosen_stages(text: str | None) -> list[str]:
-    """`--stages a,b` in their order; all by default."""
-    wanted = STAGES if text is None else [name.strip() for name in text.split(",") if name.strip()]
+def chosen_stages(text: str | None, default: list[str] | tuple[str, ...] = STAGES) -> list[str]:
+    """`--stages a,b` in their order; the recipe's own by default."""
+    wanted = default if text is None else [name.strip() for name in text.split(",") if name.strip()]
     if unknown := [name for name in wanted if name not in STAGES]:
         raise SettingsError(f"unknown stage '{unknown[0]}'; the stages are {', '.join(STAGES)}")
     return [stage for stage in STAGES if stage in wanted]
 
 
-def check(recipe: DictConfig, out: Path, stages: list[str]) -> None:
-    """Raises SettingsError for the first thing that would make the run fail later."""
-    from verl_avar.training.compose import ConfigError, compose
+def problems(recipe: DictConfig, out: Path, stages: list[str], composed: list[Composed]) -> list[str]:
+    """Everything that would make a run of `stages` on this machine fail, a line each: what, where, how to fix."""
+    checks = [
+        lambda: check_folder(recipe, out),
+        lambda: check_memory(recipe),
+        lambda: check_versions(recipe),
+        lambda: check_base(recipe.base),
+        lambda: check_reward(recipe),
+        lambda: check_loggers(composed),
+        *(lambda kind=kind, column=column: check_data(recipe, kind, column) for kind, column in COLUMNS.items()),
+    ]
+    if "data" in stages:
+        checks += [
+            lambda name=name: check_source(name)
+            for kind in COLUMNS
+            if recipe.data[kind] is None
+            for name in recipe.data[f"{kind}_sources"]
+        ]
+    if recipe.gpus_per_node == 0:
+        checks.append(check_port)
+    else:
+        if {*TRAINED} & {*stages}:
+            checks.append(lambda: check_cluster(recipe))
+        if {"evaluate", "report"} & {*stages}:
+            checks.append(check_gpu_here)
+    found = []
+    for check in checks:
+        try:
+            check()
+        except SettingsError as error:
+            found.append(str(error))
+    return found
 
-    check_machine(recipe, out)
-    check_base(recipe.base)
-    try:
-        if {"coldstart", "coldstart_agto"} & set(stages):
-            compose(recipe.coldstart.config, list(recipe.coldstart.overrides))
-        if "rl" in stages:
-            compose(recipe.rl.config, list(recipe.rl.overrides))
-    except ConfigError as error:
-        raise SettingsError(str(error)) from None
-    if not (root := Path(__file__).parent.parent / recipe.reward_fn).is_file():
-        raise SettingsError(f"reward_fn: no file {root}")
-    check_port()
-    check_data(recipe)
 
-
-def check_machine(recipe: DictConfig, out: Path) -> None:
-    """Disk where the run goes, and memory."""
+def check_folder(recipe: DictConfig, out: Path) -> None:
+    """The run's folder can be made, and its disk has room."""
     place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     if not place.is_dir():
         raise SettingsError(f"{place} is a file; choose a folder with --out DIR")
@@ -54,6 +72,9 @@ def check_machine(recipe: DictConfig, out: Path) -> None:
             f"{place} has {free:.1f} GiB free, the run needs {recipe.needs.disk_gib:g}; "
             "free some, or choose another disk with --out DIR"
         )
+
+
+def check_memory(recipe: DictConfig) -> None:
     available = psutil.virtual_memory().available / GIB
     if available < recipe.needs.memory_gib:
         raise SettingsError(
@@ -62,12 +83,64 @@ def check_machine(recipe: DictConfig, out: Path) -> None:
         )
 
 
+def check_versions(recipe: DictConfig) -> None:
+    """The packages of this environment are in the ranges of setup.py, which were tried together."""
+    from verl_avar.doctor.environment import BOOTSTRAP, versions
+
+    if not recipe.needs.versions:
+        return
+    stack = "gpu" if recipe.gpus_per_node else "cpu"
+    if wrong := [f"{finding.name} {finding.detail}" for finding in versions(stack) if not finding.ok]:
+        raise SettingsError(
+            f"versions: {'; '.join(wrong)}; {BOOTSTRAP[stack]} installs the tested ones, needs.versions=false goes on"
+        )
+
+
 def check_base(base: str) -> None:
-    """A base that looks like a folder must hold a model."""
-    if base != "miniature" and (base.startswith((".", "/", "~")) or Path(base).exists()):
+    """A base that looks like a folder must hold a model; without a network a hub name must be in the cache."""
+    if base == "miniature":
+        return
+    if base.startswith((".", "/", "~")) or Path(base).exists():
         folder = Path(base).expanduser()
         if not (folder / "config.json").is_file():
             raise SettingsError(f"base: no model in {folder} (config.json is missing)")
+        return
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if constants.HF_HUB_OFFLINE and not isinstance(try_to_load_from_cache(base, "config.json"), str):
+        raise SettingsError(
+            f"base: {base} is not in {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set; "
+            f"`hf download {base}` where there is a network, or set base to a folder"
+        )
+
+
+def check_reward(recipe: DictConfig) -> None:
+    if not (path := ROOT / recipe.reward_fn).is_file():
+        raise SettingsError(f"reward_fn: no file {path}")
+
+
+def check_loggers(composed: list[Composed]) -> None:
+    """Keys of the loggers that a trainer uses."""
+    used = {name for part in composed for name in _loggers(part)}
+    for name, (key, mode) in LOGGER_KEYS.items():
+        quiet = os.environ.get(mode, "").lower() in ("offline", "disabled", "dryrun", "local")
+        if name in used and not quiet and key not in os.environ and not (name == "wandb" and _wandb_login()):
+            raise SettingsError(
+                f"trainer.logger has {name}, but {key} is not set; export it, or {mode}=offline, or leave {name} out"
+            )
+
+
+def _loggers(part: Composed) -> list[str]:
+    logger = part.config.trainer.logger
+    return [logger] if isinstance(logger, str) else list(logger)
+
+
+def _wandb_login() -> bool:
+    """Whether `wandb login` left its key in ~/.netrc."""
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (FileNotFoundError, netrc.NetrcParseError):
+        return False
 
 
 def check_port() -> None:
@@ -80,15 +153,64 @@ def check_port() -> None:
         raise SettingsError(str(error)) from None
 
 
-def check_data(recipe: DictConfig) -> None:
-    """The user's own parquet files: columns, images and roles."""
+COLUMNS = {"sft": "messages", "rl": "prompt", "eval": "prompt"}
+
+
+def check_data(recipe: DictConfig, kind: str, column: str) -> None:
+    """The user's own parquet file: columns, images and roles."""
     from verl_avar.training.checks import check_files, check_roles
     from verl_avar.training.compose import ConfigError
 
-    for key, column in (("sft", "messages"), ("rl", "prompt"), ("eval", "prompt")):
-        if recipe.data[key] is not None:
-            try:
-                check_files(recipe.data[key], columns=[column, "images"])
-                check_roles(recipe.data[key], column)
-            except ConfigError as error:
-                raise SettingsError(f"data.{key}: {error}") from None
+    if recipe.data[kind] is not None:
+        try:
+            check_files(recipe.data[kind], columns=[column, "images"])
+            check_roles(recipe.data[kind], column)
+        except ConfigError as error:
+            raise SettingsError(f"data.{kind}: {error}") from None
+
+
+def check_source(name: str) -> None:
+    """A source of rows can be read, as far as that can be told without reading it."""
+    from verl_avar.training.compose import ConfigError
+    from verl_avar.training.rows import check_reachable
+
+    try:
+        check_reachable(name)
+    except ConfigError as error:
+        raise SettingsError(str(error)) from None
+
+
+def check_cluster(recipe: DictConfig) -> None:
+    """Enough GPUs: in the Ray cluster that the run joins, or else in this machine."""
+    from ray_cluster import gpus_of_nodes
+
+    address, wanted = ray_address(recipe), f"{recipe.nodes} × {recipe.gpus_per_node} GPUs"
+    if address == "local":
+        if recipe.nodes > 1:
+            raise SettingsError(
+                f"{wanted} are wanted, and there is no Ray cluster to join; `ray start` on every node, then "
+                "ray_address=HOST:PORT or RAY_ADDRESS"
+            )
+        found = [_gpus_here()]
+    else:
+        found = gpus_of_nodes(address)
+    if sum(gpus >= recipe.gpus_per_node for gpus in found) < recipe.nodes:
+        where = "this machine" if address == "local" else f"the Ray cluster {address}"
+        raise SettingsError(
+            f"{wanted} are wanted, {where} has {' + '.join(f'{gpus:g}' for gpus in found) or 'none'}; "
+            "set nodes and gpus_per_node to what there is"
+        )
+
+
+def check_gpu_here() -> None:
+    if _gpus_here() == 0:
+        raise SettingsError(
+            "evaluate and report need a GPU on the machine that the runner is started on, and it has none; "
+            "start it on a GPU node, or leave them out by --stages"
+        )
+
+
+def _gpus_here() -> int:
+    import torch
+
+    return torch.cuda.device_count()

@@ -1,6 +1,6 @@
 """The runner of every recipe: checks the inputs, runs the stages that are not done yet, prints the report.
 
-python recipes/run.py RECIPE.yaml [--stages a,b] [--out DIR] [key=value …]
+python recipes/run.py RECIPE.yaml [--dry-run] [--stages a,b] [--out DIR] [key=value …]
 
 Each stage leaves `DIR/STAGE/done.json`; running the command again skips it, and goes on where an unfinished stage
 stopped. A setting that a finished stage depended on can't change under it.
@@ -17,11 +17,13 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import plan
 import preflight
 from files import read_json, write_json
 from omegaconf import DictConfig
 from rich.console import Console
-from settings import SettingsError, fingerprint, load
+from settings import STAGES, SettingsError, fingerprint, load
+from sweep import Run, is_sweep, link, runs_of
 from trainer_process import StageFailed
 
 DONE, SETTINGS = "done.json", "settings.json"
@@ -41,24 +43,26 @@ EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 1, 130
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="run.py", description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", type=Path, help="a yaml of recipes/")
-    parser.add_argument("--stages", help=f"comma-separated, of {', '.join(preflight.STAGES)}; all by default")
+    parser.add_argument("recipe", type=Path, help="a yaml of recipes/, of one run or of a sweep")
+    parser.add_argument("--stages", help=f"comma-separated, of {', '.join(STAGES)}; the recipe's by default")
     parser.add_argument("--out", type=Path, help="folder of the run (default: runs/NAME)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the yaml, such as rl.steps=30")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="compose and check everything, print what would run, write nothing"
+    )
     args = parser.parse_intermixed_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 120)
     errors = Console(stderr=True)
     try:
-        recipe = load(args.recipe, args.overrides)
-        out = args.out or Path("runs") / recipe.name
-        chosen = preflight.chosen_stages(args.stages)
-        prepare_environment(recipe)
-        stages = pending(recipe, out, chosen)
-        if {*stages} - {*REPEATED}:
-            preflight.check(recipe, out, stages)
-        run(recipe, out, chosen, console)
+        runs = chosen_runs(args)
+        for this in runs:  # all of them before the first starts
+            check(this, args, console, errors)
+        for this in runs if not args.dry_run else ():
+            link(this)
+            run(this.recipe, this.out, preflight.chosen_stages(args.stages, this.recipe.stages), console)
     except SettingsError as error:
-        errors.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
+        for line in error.args:
+            errors.print(f"error: {line}", style="red", highlight=False, soft_wrap=True, markup=False)
         return EXIT_BAD_INPUT
     except StageFailed as error:
         errors.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
@@ -70,13 +74,41 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def chosen_runs(args: argparse.Namespace) -> list[Run]:
+    """The runs that a command line asks for: one, or those of a sweep. Raises SettingsError for a mistake in any."""
+    if is_sweep(args.recipe):
+        if args.stages is not None:
+            raise SettingsError(f"--stages is for one run; the runs of {args.recipe.name} name their stages")
+        return runs_of(args.recipe, args.out, args.overrides)
+    recipe = load(args.recipe, args.overrides)
+    return [Run(recipe, args.out or Path("runs") / recipe.name)]
+
+
+def check(this: Run, args: argparse.Namespace, console: Console, errors: Console) -> None:
+    """Raises SettingsError with a line per problem of one run.
+
+    In a dry run what would run is printed, and so are the machine's problems, which are then no error.
+    """
+    recipe, out = this.recipe, this.out
+    prepare_environment(recipe)
+    stages = pending(recipe, out, preflight.chosen_stages(args.stages, recipe.stages), this.given)
+    composed = plan.compose_stages(recipe, out, stages)
+    found = preflight.problems(recipe, out, stages, composed) if args.dry_run or {*stages} - {*REPEATED} else []
+    if args.dry_run:
+        plan.show(recipe, out, stages, composed, console)
+        for line in found:
+            errors.print(f"problem: {line}", style="yellow", highlight=False, soft_wrap=True, markup=False)
+    elif found:
+        raise SettingsError(*found)
+
+
 def prepare_environment(recipe: DictConfig) -> None:
     """Environment of this process and its trainers; what the user exported wins over the recipe."""
     from verl_avar.training.environment import prepare
 
     for name, value in recipe.environment.items():
         os.environ.setdefault(name, value)
-    prepare(cpu=recipe.needs.gpus == 0)
+    prepare(cpu=recipe.gpus_per_node == 0)
     signal.signal(signal.SIGTERM, interrupt)
 
 
@@ -85,13 +117,13 @@ def interrupt(*_) -> None:
     raise KeyboardInterrupt
 
 
-def pending(recipe: DictConfig, out: Path, chosen: list[str]) -> list[str]:
-    """The chosen stages that have something to do.
+def pending(recipe: DictConfig, out: Path, chosen: list[str], given: tuple[str, ...] = ()) -> list[str]:
+    """The chosen stages that have something to do. given: stages that another run leaves here.
 
     Raises SettingsError where a stage was begun with other settings, or where what a stage needs is neither done nor
     chosen.
     """
-    for stage in preflight.STAGES:
+    for stage in STAGES:
         began_with = read_json(out / stage / SETTINGS)
         if began_with is not None and stage != "report" and began_with != stage_fingerprint(recipe, stage):
             raise SettingsError(
@@ -100,7 +132,7 @@ def pending(recipe: DictConfig, out: Path, chosen: list[str]) -> list[str]:
             )
     for stage in chosen:
         for needed in NEEDS[stage]:
-            if needed not in chosen and not (out / needed / DONE).exists():
+            if needed not in (*chosen, *given) and not (out / needed / DONE).exists():
                 raise SettingsError(f"stage '{stage}' needs '{needed}', which is not done in {out}; add it to --stages")
     return [stage for stage in chosen if stage in REPEATED or not (out / stage / DONE).exists()]
 
@@ -113,7 +145,7 @@ def stage_fingerprint(recipe: DictConfig, stage: str) -> str:
     if stage not in ("data", "coldstart"):
         parts.append(recipe.agto)
     if stage in ("rl", "evaluate"):
-        parts += [recipe.rl, recipe.reward_fn]
+        parts += [recipe.rl, recipe.vars, recipe.reward_fn]
     if stage == "evaluate":
         parts.append(recipe.evaluation)
     return fingerprint(*parts)
@@ -122,6 +154,8 @@ def stage_fingerprint(recipe: DictConfig, stage: str) -> str:
 def run(recipe: DictConfig, out: Path, chosen: list[str], console: Console) -> None:
     """Runs the chosen stages in order in the run folder `out`."""
     import stages
+
+    from verl_avar.training.compose import ConfigError
 
     out.mkdir(parents=True, exist_ok=True)
     with only_run(out):
@@ -134,7 +168,10 @@ def run(recipe: DictConfig, out: Path, chosen: list[str], console: Console) -> N
             folder.mkdir(exist_ok=True)
             write_json(folder / SETTINGS, stage_fingerprint(recipe, stage))
             with clock(folder) as seconds:
-                getattr(stages, stage)(recipe, out, console)
+                try:
+                    getattr(stages, stage)(recipe, out, console)
+                except ConfigError as error:  # of rows that can't be converted
+                    raise SettingsError(f"{stage}: {error}") from None
             write_json(marker, {"seconds": seconds()})
             console.print(f"{stage}: done in {seconds():.0f} s", highlight=False)
 

@@ -8,111 +8,81 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
+import pyarrow.parquet as pq
+import torch
 from files import read_json, write_json
 from omegaconf import DictConfig
+from plan import total_steps
 from rich.console import Console
 from rich.progress import track
+from settings import CHECKPOINTS
 from trainer_process import METRICS, run_trainer
+from trainers import FOLDERS, ROOT, data_file, start, trainer
 from transformers.utils.logging import disable_progress_bar
 
 from verl_avar.training.checkpoint import latest_model, latest_step
+from verl_avar.training.compose import compose
 from verl_avar.training.metrics import read_steps
-
-ROOT = Path(__file__).resolve().parent.parent
-# Names of the evaluated checkpoints, in the order of training.
-CHECKPOINTS = ("base", "coldstart", "coldstart_agto", "avar")
-FOLDERS = {"coldstart": "coldstart", "coldstart_agto": "coldstart_agto", "avar": "rl"}
 
 
 def data(recipe: DictConfig, out: Path, console: Console) -> None:
-    """Writes the parquet files that the recipe does not give."""
+    """Writes the parquet files that the recipe does not give: converts its sources, or the miniature's tasks."""
     from verl_avar.miniature import data as miniature
+    from verl_avar.training.data import describe, write_rl, write_sft
 
     settings, seed = recipe.data, recipe.seed
     writers = {
-        "sft": lambda path: miniature.write_sft(path, settings.sft_rows, seed),
-        "rl": lambda path: miniature.write_rl(path, settings.rl_rows, seed),
-        "eval": lambda path: miniature.write_eval(path, settings.eval_rows_per_task, seed),
+        "sft": (write_sft, lambda path: miniature.write_sft(path, settings.sft_rows, seed)),
+        "rl": (write_rl, lambda path: miniature.write_rl(path, settings.rl_rows, seed)),
+        "eval": (write_rl, lambda path: miniature.write_eval(path, settings.eval_rows_per_task, seed)),
     }
-    for kind, write in writers.items():
-        if settings[kind] is None:
-            path = data_file(recipe, out, kind)
+    for kind, (convert, write) in writers.items():
+        if settings[kind] is not None:
+            continue
+        path = data_file(recipe, out, kind)
+        if sources := list(settings[f"{kind}_sources"]):
+            counts = convert(path, sources, settings.system, settings.max_pixels)
+            console.print(f"data: {path}: {describe(counts)}", highlight=False, markup=False, soft_wrap=True)
+        else:
             write(path)
-            console.print(f"data: {path} ({len(pd.read_parquet(path))} rows)", highlight=False)
-
-
-def data_file(recipe: DictConfig, out: Path, kind: str) -> Path:
-    """The parquet file of a kind: the user's own, or the one that the data stage wrote."""
-    return Path(recipe.data[kind]).expanduser() if recipe.data[kind] else out / "data" / f"{kind}.parquet"
-
-
-def path_override(key: str, path: Path | str) -> str:
-    """A hydra override whose value may hold any character that a path may."""
-    text = str(path).replace("\\", "\\\\").replace("'", "\\'")
-    return f"{key}='{text}'"
+            console.print(f"data: {path} ({pq.read_metadata(path).num_rows} rows)", highlight=False)
 
 
 def coldstart(recipe: DictConfig, out: Path, console: Console) -> None:
     """SFT without the attention-guided objective."""
-    _sft(recipe, out, "coldstart", alpha=0.0, beta=0.0, floor=None, console=console)
+    _sft(recipe, out, "coldstart", console)
 
 
 def coldstart_agto(recipe: DictConfig, out: Path, console: Console) -> None:
     """The same SFT with it: same base, data, order and steps."""
-    agto = recipe.agto
-    _sft(recipe, out, "coldstart_agto", alpha=agto.alpha, beta=agto.beta, floor=agto.system_floor, console=console)
+    _sft(recipe, out, "coldstart_agto", console)
 
 
-def _sft(recipe: DictConfig, out: Path, stage: str, *, alpha, beta, floor, console: Console) -> None:
-    settings = recipe.coldstart
-    overrides = [
-        path_override("model.path", model_folder(recipe, out, "base")),
-        path_override("data.train_files", data_file(recipe, out, "sft")),
-        path_override("trainer.default_local_dir", out / stage / "checkpoints"),
-        f"trainer.total_training_steps={settings.steps}",
-        f"trainer.seed={recipe.seed}",
-        f"engine.avar.alpha={alpha}",
-        f"engine.avar.beta={beta}",
-        f"engine.avar.system_floor={'null' if floor is None else floor}",
-        *settings.overrides,
-    ]
-
+def _sft(recipe: DictConfig, out: Path, stage: str, console: Console) -> None:
     def describe(step: dict) -> str:
         vas = step.get("attention/vas_response")
         return f"loss {step.get('train/loss', float('nan')):.3f}" + (f"  VAS {vas:.2f}" if vas is not None else "")
 
-    _train("sft", settings, overrides, out / stage, describe, console)
+    _train(recipe, out, stage, describe, console)
 
 
 def rl(recipe: DictConfig, out: Path, console: Console) -> None:
     """GRPO with VARS from the checkpoint that AGTO left."""
-    settings = recipe.rl
-    overrides = [
-        path_override("actor_rollout_ref.model.path", model_folder(recipe, out, "coldstart_agto")),
-        path_override("data.train_files", data_file(recipe, out, "rl")),
-        path_override("data.val_files", data_file(recipe, out, "eval")),
-        path_override("trainer.default_local_dir", out / "rl" / "checkpoints"),
-        f"trainer.total_training_steps={settings.steps}",
-        f"data.seed={recipe.seed}",
-        path_override("reward.custom_reward_function.path", ROOT / recipe.reward_fn),
-        *settings.overrides,
-    ]
 
     def describe(step: dict) -> str:
         return "  ".join(f"{k} {v:.3f}" for k, v in reward_parts(step).items() if v is not None and k != "step")
 
-    _train("rl", settings, overrides, out / "rl", describe, console)
+    _train(recipe, out, "rl", describe, console)
 
 
-def _train(module: str, settings, overrides: list[str], folder: Path, describe, console: Console) -> None:
-    if latest_step(folder / "checkpoints") >= settings.steps:  # ended between its last checkpoint and being marked done
+def _train(recipe: DictConfig, out: Path, stage: str, describe, console: Console) -> None:
+    folder = out / stage
+    training = trainer(recipe, out, stage, model_folder(recipe, out, start(stage)))
+    steps = total_steps(recipe, out, stage, compose(training.config, training.overrides))
+    if latest_step(folder / "checkpoints") >= steps:  # ended between its last checkpoint and being marked done
         return
     run_trainer(
-        [sys.executable, "-m", f"verl_avar.training.{module}", "--config-name", settings.config, *overrides],
-        folder.absolute(),
-        total_steps=settings.steps,
-        describe=describe,
-        console=console,
+        training.command(sys.executable), folder.absolute(), total_steps=steps, describe=describe, console=console
     )
 
 
@@ -121,11 +91,11 @@ def model_folder(recipe: DictConfig, out: Path, name: str) -> str:
     if name == "base":
         if recipe.base != "miniature":
             local = Path(recipe.base).expanduser()
-            return str(local) if local.exists() else recipe.base
+            return str(local.absolute()) if local.exists() else recipe.base
         from verl_avar.miniature import base_path
 
         return str(base_path())
-    return str(latest_model(out / FOLDERS[name] / "checkpoints"))
+    return str(latest_model(out.absolute() / FOLDERS[name] / "checkpoints"))
 
 
 def evaluate(recipe: DictConfig, out: Path, console: Console) -> None:
@@ -143,7 +113,7 @@ def evaluate(recipe: DictConfig, out: Path, console: Console) -> None:
     def progress(steps: Iterable, label: str) -> Iterable:
         return track(steps, description=f"evaluate: {name}, {label}", console=console)
 
-    for name in CHECKPOINTS:
+    for name in recipe.evaluation.checkpoints:
         done = out / "evaluate" / f"{name}.json"
         if done.exists():
             continue
@@ -153,12 +123,17 @@ def evaluate(recipe: DictConfig, out: Path, console: Console) -> None:
         results = evaluate_checkpoint(
             model_folder(recipe, out, name), rows, score,
             max_new_tokens=recipe.evaluation.max_new_tokens, batch_size=recipe.evaluation.batch_size,
-            seed=recipe.seed, progress=progress,
+            seed=recipe.seed, progress=progress, **precision(recipe),
         )  # fmt: skip
         answers = rows[["extra_info", "reward_model"]].assign(response=results.pop("responses"))
         answers.to_parquet(done.with_suffix(".parquet"))
         write_json(done, {"name": name, "samples": len(rows)} | results)
         console.print(f"evaluate: {name}: accuracy {results['accuracy']['all']:.3f}", highlight=False)
+
+
+def precision(recipe: DictConfig) -> dict:
+    """Where and how a checkpoint is evaluated: on the first GPU in its own dtype, or on the CPU in float32."""
+    return {"device": "cuda", "dtype": "auto"} if recipe.gpus_per_node else {"device": "cpu", "dtype": torch.float32}
 
 
 def report(recipe: DictConfig, out: Path, console: Console) -> None:
@@ -174,7 +149,7 @@ def report(recipe: DictConfig, out: Path, console: Console) -> None:
     chosen = rows.iloc[:: max(1, len(rows) // max(1, recipe.evaluation.pictures))][: recipe.evaluation.pictures]
     samples = []
     for name in dict.fromkeys((evaluated[min(1, len(evaluated) - 1)], evaluated[-1])):
-        checkpoint = load_checkpoint(model_folder(recipe, out, name))
+        checkpoint = load_checkpoint(model_folder(recipe, out, name), **precision(recipe))
         samples += [
             heatmap_sample(checkpoint, row, recipe.evaluation.max_new_tokens, name) for _, row in chosen.iterrows()
         ]

@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,14 +30,18 @@ def evaluate(
     batch_size: int = 64,
     seed: int = 0,
     progress: Progress = lambda steps, _: steps,
+    device: str = "cpu",
+    dtype: Any = torch.float32,
 ) -> dict:
     """Evaluates a checkpoint folder on rows in verl's RL format, with `extra_info["task"]`.
+
+    dtype: a torch dtype, or "auto" for the checkpoint's own.
 
     Returns {"accuracy", "shuffled": {"all", task: …}, "vas": {"user", "response"}, "mass": {"visual", "system"} over
     response queries, "responses": list of texts, "seconds"}.
     """
     start = time.monotonic()
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, dtype=dtype, device=device)
     vas = {scope: Vas(scope) for scope in ("user", "response")}
 
     def look(answers: Answers) -> None:

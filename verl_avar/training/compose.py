@@ -46,6 +46,15 @@ def compose(name: str, overrides: list[str]) -> DictConfig:
         raise ConfigError(f"{stem}: {' '.join(str(cause).split())}") from error
 
 
+def verl_defaults(name: str) -> DictConfig:
+    """A config of verl's own as it is installed, without anything of ours."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    with initialize_config_dir(str(verl_configs()), version_base=None):
+        return hydra_compose(name)
+
+
 def arguments(prog: str, default: str, argv: list[str] | None) -> tuple[str, list[str]]:
     """`--config-name NAME key=value …`: the config's name and the overrides."""
     parser = argparse.ArgumentParser(prog=prog, description="verl's hydra overrides, key=value")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from verl_avar.training.cluster import prepare_ray
 from verl_avar.training.compose import ConfigError, arguments, compose
 from verl_avar.training.environment import prepare
 from verl_avar.training.metrics import log_to_unless_told
@@ -22,12 +23,13 @@ from verl_avar.training.watchdog import watch
 
 
 def run(config: DictConfig) -> None:
-    """Trains until `trainer.total_training_steps`, on a local Ray cluster that ends with the run.
+    """Trains until `trainer.total_training_steps`, on a Ray cluster of its own or one that runs already.
 
     Raises ConfigError for a mistake in the settings or the data. A run that hangs ends the process (`watchdog.py`).
     """
     check(config)
     log_to_unless_told(config.avar.metrics_file)
+    prepare_ray(config)
 
     import ray
     from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
@@ -47,6 +49,7 @@ def run(config: DictConfig) -> None:
 def check(config: DictConfig) -> None:
     """Finds what is wrong with the settings and the data before Ray starts; makes the reward's path absolute."""
     from verl_avar.training.checks import check_files, check_model, check_objective, check_roles, check_visual_reward
+    from verl_avar.training.schema import check_rl
 
     check_objective(config.actor_rollout_ref.actor.fsdp_config.get("avar"))
     check_visual_reward(config)
@@ -58,10 +61,7 @@ def check(config: DictConfig) -> None:
         check_files(config.data.val_files, columns, config.data.image_key)
     config.reward.custom_reward_function.path = str(find_reward(config.reward.custom_reward_function.path))
 
-    from verl.trainer.ppo.utils import need_critic, need_reference_policy
-    from verl.utils.config import validate_config
-
-    validate_config(config, need_reference_policy(config), need_critic(config))
+    check_rl(config)
 
 
 def find_reward(path: str) -> Path:

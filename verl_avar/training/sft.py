@@ -20,12 +20,14 @@ from verl_avar.training.metrics import log_to_unless_told
 def run(config: DictConfig) -> None:
     """Trains. Raises ConfigError for a mistake in the settings or the data."""
     from verl_avar.training.checks import check_files, check_model, check_objective, check_roles
+    from verl_avar.training.schema import check_sft
     from verl_avar.training.whole_checkpoints import before_resuming
 
     check_objective(config.engine.get("avar"))
     check_model(config.model.path)
     check_files(config.data.train_files, columns=[config.data.messages_key, "images"], mixed=True)
     check_roles(config.data.train_files, config.data.messages_key)
+    check_sft(config)
     before_resuming(config.trainer)
     log_to_unless_told(config.avar.metrics_file)
     (run_on_ray if config.avar.ray else run_here)(config)
@@ -49,9 +51,12 @@ def run_here(config: DictConfig) -> None:
 
 
 def run_on_ray(config: DictConfig) -> None:
-    """On a local Ray cluster that ends with the run."""
+    """On a Ray cluster of its own, or one that runs already."""
     import ray
 
+    from verl_avar.training.cluster import prepare_ray
+
+    prepare_ray(config)
     from verl_avar.training.sft_trainer import AvarRaySFTTrainer
 
     ray.init(**OmegaConf.to_container(config.ray_kwargs.ray_init, resolve=True))

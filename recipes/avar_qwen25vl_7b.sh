@@ -1,0 +1,4 @@
+#!/usr/bin/env bash
+# AVAR on Qwen2.5-VL-7B, one or two nodes of 8 GPUs; settings and what it needs: avar_qwen25vl_7b.yaml, README.md.
+#   bash recipes/avar_qwen25vl_7b.sh [--dry-run] [--stages data,coldstart_agto,…] [--out DIR] [nodes=2] [key=value …]
+exec bash "$(dirname "${BASH_SOURCE[0]}")/start.sh" gpu avar_qwen25vl_7b "$@"
