@@ -5,7 +5,7 @@ the batch in FOLDER, results to FOLDER/WORLD-RANK.pt.
 """
 
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -46,10 +46,12 @@ def build_oracle():
     )
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(config)
-    with torch.no_grad():  # attention that differs between keys, and biases that are not zero
+    with torch.no_grad():
         for name, weight in model.named_parameters():
-            if "q_proj" in name or "k_proj" in name:
+            if "q_proj" in name or "k_proj" in name:  # attention that differs between keys
                 weight.normal_(std=0.6)
+            if "embed_tokens" in name:  # the norm of small embeddings has gradients too steep for float32
+                weight.normal_()
     return model
 
 
@@ -204,10 +206,81 @@ def run_case(name: str, model, batch) -> dict:
     }
 
 
+def run_engine(model, batch) -> dict[str, dict]:
+    """A training and an inference pass of the AVAR engine, packed and padded, with verl's own forward step and loss.
+
+    megatron-core's schedule wants a CUDA device: its loop without a pipeline stands in for it. So does a built model
+    for the bridge.
+    """
+    from types import SimpleNamespace
+
+    from verl.utils import tensordict_utils as tu
+    from verl.workers.engine.megatron import transformer_impl
+    from verl.workers.utils.losses import sft_loss
+
+    from verl_avar.training.config import AvarConfig
+    from verl_avar.training.megatron.config import AvarMcoreEngineConfig
+    from verl_avar.training.megatron.engine import AvarMegatronEngine
+
+    def schedule(forward_step_func, data_iterator, model, num_microbatches, forward_only, **_):
+        results = []
+        for _ in range(num_microbatches):
+            output, loss_func = forward_step_func(data_iterator, model[0])
+            loss, result = loss_func(output)
+            if not forward_only:
+                (loss / num_microbatches).backward()
+            results.append(result)
+        return results
+
+    def nested(rows):
+        return torch.nested.as_nested_tensor(
+            [row[:n] for row, n in zip(rows, LENGTHS, strict=True)], layout=torch.jagged
+        )
+
+    class Engine(AvarMegatronEngine):
+        def __init__(self, packed: bool):
+            self.avar = AvarConfig(alpha=ALPHA, beta=BETA)
+            self.engine_config = AvarMcoreEngineConfig(use_remove_padding=packed, avar=self.avar)
+            self.model_config = SimpleNamespace(
+                hf_config=SimpleNamespace(architectures=["Qwen2ForCausalLM"]),
+                tokenizer=SimpleNamespace(pad_token_id=0),
+                mtp=SimpleNamespace(enable=False),
+            )
+            self.module, self.tf_config, self.enable_routing_replay = [model], model.config, False
+            self._layers, self._open_probes, self._micro_batch = list(range(SIZES["layers"])), ExitStack(), None
+
+        def _roles(self, data):
+            return nested(batch["roles"])
+
+    transformer_impl.get_forward_backward_func = lambda: schedule
+    results = {}
+    for packed in (True, False):
+        data = tu.get_tensordict(
+            {"input_ids": nested(batch["ids"]), "loss_mask": nested((batch["roles"] == Role.RESPONSE).long())},
+            non_tensor_dict={
+                "use_dynamic_bsz": False,
+                "micro_batch_size_per_gpu": 1,
+                "temperature": 1.0,
+                "pad_mode": "no_padding",
+            },
+        )
+        engine = Engine(packed)
+        scores = engine.forward_backward_batch(data.copy(), None, forward_only=True)["model_output"]
+        model.zero_grad()
+        output = engine.forward_backward_batch(data.copy(), partial(sft_loss, config=None))
+        results["packed" if packed else "padded"] = {
+            "scores": {name: list(rows.unbind()) for name, rows in scores.items()},
+            "loss": sum(output["loss"]),
+            "metrics": {name: value[0] for name, value in output["metrics"].items()},
+            "gradients": {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None},
+        }
+    return results
+
+
 @contextmanager
 def ranks_of_megatron(rank: int, world: int, folder: Path):
-    """This process as a tensor-parallel rank. megatron-core asks CUDA for random states and for the device of its rotary
-    embedding; the CPU answers."""
+    """This process as a tensor-parallel rank. megatron-core asks CUDA for random states and for the device of its
+    rotary embedding; the CPU answers."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import random
 
@@ -232,6 +305,8 @@ def main(rank: int, world: int, folder: Path) -> None:
         for name, options in CASES.items():
             if name != "sequence parallel" or world > 1:
                 results[name] = run_case(name, build(**options).train(), given["batch"])
+        if world > 1:
+            results["engine"] = run_engine(build(**FULL).train(), given["batch"])
         torch.save(results, folder / f"{world}-{rank}.pt")
 
 

@@ -1,1 +1,1 @@
-"""AVAR on megatron-core: masses in its core attention, AGTO in its layers, and the engine for verl's Megatron backend."""
+"""AVAR on megatron-core: masses in core attention, AGTO in the layers, and the engine of verl's Megatron backend."""

@@ -59,24 +59,31 @@ class SdpaCoreAttention(MegatronModule):
         """query: [sq, b, np, hn] or packed [t, np, hn]; key and value likewise with the key heads.
 
         attention_mask: bool, True at what is hidden, broadcast to [b, np, sq, sk]; beside causality, where the mask
-        type has it. Returns [sq, b, np·hn] or [t, np·hn].
+        type has it. Or verl's, for Transformer Engine: bool [b, sk], True at tokens, with the padding on the right,
+        which causality hides. Returns [sq, b, np·hn] or [t, np·hn].
         """
         if attention_bias is not None:
             raise ValueError("SdpaCoreAttention: attention_bias is not supported")
         causal = (self.attn_mask_type if attn_mask_type is None else attn_mask_type) in CAUSAL
         if query.dim() == 3:
             if packed_seq_params is None or not causal or attention_mask is not None:
-                raise ValueError("SdpaCoreAttention: packed rows want packed_seq_params, a causal mask type and no mask")
+                raise ValueError("SdpaCoreAttention: packed rows want packed_seq_params, a causal mask type, no mask")
             heads = (part.transpose(0, 1)[None] for part in (query, key, value))
             # The padding behind a sequence comes after all of its tokens, which don't see it.
             out = _packed(*heads, None, borders(packed_seq_params).tolist(), self.softmax_scale, causal)
             return out[0].transpose(0, 1).flatten(-2)
         q, k, v = (part.permute(1, 2, 0, 3) for part in (query, key, value))
+        if attention_mask is not None and attention_mask.dim() == 2:
+            if not causal or (attention_mask[:, 1:] & ~attention_mask[:, :-1]).any():
+                raise ValueError("SdpaCoreAttention: a mask [b, sk] wants a causal mask type and padding on the right")
+            attention_mask = None
         if attention_mask is None:
             out = _attend_range(q, k, v, None, self.softmax_scale, causal)
         else:
             if attention_mask.dim() != 4:
-                raise ValueError(f"SdpaCoreAttention: attention_mask of {attention_mask.dim()} dimensions, wanted 4")
+                raise ValueError(
+                    f"SdpaCoreAttention: attention_mask has {attention_mask.dim()} dimensions, not 2 or 4"
+                )
             seen = ~attention_mask
             if causal:
                 seen = seen & torch.ones_like(q[0, 0, :, :1] @ k[0, 0, :, :1].T, dtype=torch.bool).tril()

@@ -3,7 +3,8 @@
 AGTO is a mean over layers and heads of one term each, so every layer of every tensor-parallel rank can send back the
 gradient of its own part; only the parts' values, two scalars a micro-batch, are reduced over the ranks. The part is
 attached to the layer's attention output, which passes on unchanged. That is exact under megatron-core's reentrant
-recomputation, whose first pass has no graph: the recomputed layer attaches its part again and its backward pass runs it.
+recomputation, whose first pass has no graph: the recomputed layer attaches its part again, and its backward
+pass runs it.
 
     with probe(roles, queries, layers) as record:
         with layer_objective(LayerObjective(record, terms, alpha, beta, totals, layers=28, group=tp_group)) as agto:

@@ -1,10 +1,10 @@
 """megatron-core's core attention, measured: the stock module for the output, and once more for the masses.
 
-`measuring(cls)` is a subclass of a core attention (`TEDotProductAttention`, `DotProductAttention`, `SdpaCoreAttention`):
-parameters, checkpoints and attributes stay those of the stock class. While a `probe` is open, layers that it wants call
-the stock attention a second time with role indicators as values (see `attention/mass.py`), so that masks, packing,
-scales and windows hold for the masses too. Put it into a layer spec (`measure_layer_spec`), or into a model that a
-bridge has built already (`measure_model`).
+`measuring(cls)` is a subclass of a core attention (`TEDotProductAttention`, `DotProductAttention`,
+`SdpaCoreAttention`): parameters, checkpoints and attributes stay those of the stock class. While a `probe` is open,
+layers that it wants call the stock attention a second time with role indicators as values (see `attention/mass.py`),
+so that masks, packing, scales and windows hold for the masses too. Put it into a layer spec (`measure_layer_spec`), or
+into a model that a bridge has built already (`measure_model`).
 
 Masses have this tensor-parallel rank's heads only. They carry no gradient: megatron-core's recomputation runs a layer's
 first pass without one, so a loss on recorded masses would silently train nothing. `LayerObjective` puts AGTO into the
@@ -34,7 +34,7 @@ def check_config(config) -> None:
         )
     if config.attention_dropout:
         raise ValueError(f"AVAR: attention_dropout={config.attention_dropout} would hit the masses too; set it to 0")
-    for name in ("fp8_dot_product_attention", "fp8_multi_head_attention", "multi_latent_attention"):
+    for name in ("fp8", "fp8_dot_product_attention", "multi_latent_attention"):
         if getattr(config, name, False):
             raise ValueError(f"AVAR: {name} is not supported; turn it off")
 
