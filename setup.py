@@ -59,7 +59,15 @@ EXTRAS = {
     "vas": [*MODELS, "torch>=2.6", "torchvision"],
     "eval": ["openai>=2.0"],
     # triton interprets the GPU kernels where there is no GPU; openai is the client of the servers that tests start.
-    "dev": ["openai>=2.0", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.14", "triton>=3.6"],
+    # megatron-core's layers run on a CPU for the tests of the Megatron engine.
+    "dev": [
+        "megatron-core>=0.16,<0.17",
+        "openai>=2.0",
+        "pytest>=8",
+        "pytest-timeout>=2.3",
+        "ruff>=0.14",
+        "triton>=3.6",
+    ],
 }
 
 setup(

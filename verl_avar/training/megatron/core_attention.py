@@ -81,9 +81,7 @@ class SdpaCoreAttention(MegatronModule):
             out = _attend_range(q, k, v, None, self.softmax_scale, causal)
         else:
             if attention_mask.dim() != 4:
-                raise ValueError(
-                    f"SdpaCoreAttention: attention_mask has {attention_mask.dim()} dimensions, not 2 or 4"
-                )
+                raise ValueError(f"SdpaCoreAttention: attention_mask has {attention_mask.dim()} dimensions, not 2 or 4")
             seen = ~attention_mask
             if causal:
                 seen = seen & torch.ones_like(q[0, 0, :, :1] @ k[0, 0, :, :1].T, dtype=torch.bool).tril()

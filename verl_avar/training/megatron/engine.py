@@ -41,7 +41,7 @@ class MicroBatch:
     objective: LayerObjective | None  # in a training pass with an objective
 
 
-@EngineRegistry.register(model_type="language_model", backend="megatron", device=["cuda", "npu"], vendor="avar")
+@EngineRegistry.register(model_type="language_model", backend="megatron", device="cuda", vendor="avar")
 class AvarMegatronEngine(MegatronEngineWithLMHead):
     """Megatron engine for a language model with visual tokens: tensor, sequence and data parallel.
 
@@ -176,6 +176,6 @@ class AvarMegatronEngine(MegatronEngineWithLMHead):
         return MicroBatch(roles, layout, record, objective)
 
 
-@EngineRegistry.register(model_type="value_model", backend="megatron", device=["cuda", "npu"], vendor="avar")
+@EngineRegistry.register(model_type="value_model", backend="megatron", device="cuda", vendor="avar")
 class AvarMegatronCritic(MegatronEngineWithValueHead):
     """verl's critic unchanged."""
