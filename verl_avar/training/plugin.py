@@ -52,6 +52,7 @@ def activate() -> Status:
 
     PlatformRegistry.register(platform="cpu")(CpuPlatform)
     on_import("verl.workers.engine", _followed_by("verl_avar.training.engine"))
+    on_import("verl.workers.engine", _with_megatron)
     on_import("verl.trainer.ppo.v1", _followed_by("verl_avar.training.rl_trainer"))
     STATUS.active = True
     return STATUS
@@ -68,6 +69,16 @@ def _followed_by(name: str):
         import_module(name)
 
     return patch
+
+
+@contextmanager
+def _with_megatron(engines):
+    """The engine for verl's Megatron backend, where verl could import its own."""
+    yield
+    if engines.MegatronEngine is not None:
+        from importlib import import_module
+
+        import_module("verl_avar.training.megatron.engine")
 
 
 try:
