@@ -3,7 +3,8 @@
 import pandas as pd
 import pytest
 import torch
-from test_training_engine import build_engine, infer, process_group, transformers_restored  # noqa: F401  (fixtures)
+from test_training_engine import build_engine  # noqa: F401  (a fixture)
+from training_engines import infer
 
 from verl_avar.evaluation.answer import answer, answer_masses
 from verl_avar.evaluation.checkpoint import load_checkpoint
