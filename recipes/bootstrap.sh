@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the Python environment that the recipes and the tests run in, and prints its path as the last line.
-#   bash recipes/bootstrap.sh [cpu|gpu|eval]       (default: cpu)
+#   bash recipes/bootstrap.sh [cpu|gpu|megatron|eval]       (default: cpu; megatron: gpu and verl's Megatron backend)
 # It lives in .venv at the repository root, or where VERL_AVAR_VENV says. Running it again is free unless
 # setup.py or this file changed.
 set -euo pipefail
@@ -13,21 +13,22 @@ log=$venv/bootstrap.log
 fail() { printf 'bootstrap: %s\n  what to do: %s\n' "$1" "$2" >&2; exit 1; }
 say() { printf 'bootstrap: %s\n' "$*" >&2; }
 
-case $mode in cpu | gpu | eval) ;; *) fail "unknown mode '$mode'" "use cpu, gpu or eval" ;; esac
+case $mode in cpu | gpu | megatron | eval) ;; *) fail "unknown mode '$mode'" "use cpu, gpu, megatron or eval" ;; esac
+oldest=$([ "$mode" = megatron ] && echo 12 || echo 10) # megatron-bridge 0.5
 
 python=""
 for candidate in "${PYTHON:-}" python3 python3.11 python3.12 python3.10; do
     [ -n "$candidate" ] && command -v "$candidate" >/dev/null || continue
-    if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))'; then python=$candidate && break; fi
+    if "$candidate" -c "import sys; sys.exit(not (3, $oldest) <= sys.version_info[:2] <= (3, 12))"; then python=$candidate && break; fi
 done
-[ -n "$python" ] || fail "no Python 3.10, 3.11 or 3.12 found" "install one, or set PYTHON to its path"
+[ -n "$python" ] || fail "no Python 3.$oldest to 3.12 found" "install one, or set PYTHON to its path"
 
 stamp=$({ cat "$root/setup.py" "${BASH_SOURCE[0]}"; printf '%s\n' "$mode" "$root"; "$python" -V; } | sha256sum | cut -d' ' -f1)
 if [ "$(cat "$venv/.avar-stamp" 2>/dev/null)" = "$stamp" ]; then echo "$venv"; exit 0; fi
 
 parent=$(dirname "$venv")
 mkdir -p "$parent" || fail "cannot create $parent" "set VERL_AVAR_VENV to a folder you can write to"
-need=$([ "$mode" = gpu ] && echo 20 || echo 6)
+need=$(case $mode in gpu) echo 20 ;; megatron) echo 25 ;; *) echo 6 ;; esac)
 free=$(df -Pk "$parent" | awk 'NR==2 {print int($4 / 1048576)}')
 [ -d "$venv" ] || [ "$free" -ge "$need" ] ||
     fail "$parent has $free GiB free, the environment takes about $need" "free some space, or set VERL_AVAR_VENV to a larger disk"
@@ -47,9 +48,11 @@ step() {
 
 say "environment for '$mode' in $venv (the first time takes a few minutes)"
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv" || fail "cannot create $venv" "install the venv module (python3-venv)"
+py=$venv/bin/python
+"$py" -c "import sys; sys.exit(sys.version_info[:2] < (3, $oldest))" ||
+    fail "$venv has $("$py" -V), '$mode' needs 3.$oldest" "delete it, or set VERL_AVAR_VENV to another folder"
 rm -f "$venv/.avar-stamp"
 : >"$log"
-py=$venv/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 # The requirements of setup.py's core and of the extras named, one a line.
@@ -95,12 +98,20 @@ PY
     echo "$torch+cpu" >"$venv/constraints.txt"
     step "verl, Ray, transformers and the rest" "$py" -m pip install -c "$venv/constraints.txt" -r "$venv/requirements.txt"
     ;;
-gpu)
+gpu | megatron)
     step "torch" "$py" -m pip install "$(requirements gpu | grep '^torch==')"
     requirements gpu dev | grep -v '^flash-attn' >"$venv/requirements.txt"
     step "verl, vLLM, Ray, transformers and the rest" "$py" -m pip install -r "$venv/requirements.txt"
     step "flash-attn (compiles for a long time where no wheel fits)" \
         "$py" -m pip install --no-build-isolation "$(requirements gpu | grep '^flash-attn')"
+    if [ "$mode" = megatron ]; then
+        requirements gpu | grep -v '^flash-attn' | sed 's/\[[^]]*\]//' >"$venv/constraints.txt"
+        requirements megatron | grep -v '^megatron-bridge' >"$venv/requirements.txt"
+        step "Transformer Engine (compiles for a while) and megatron-core" \
+            "$py" -m pip install --no-build-isolation -c "$venv/constraints.txt" -r "$venv/requirements.txt"
+        # It asks for an older transformers and for packages of its training recipes, which verl does not use.
+        step "megatron-bridge" "$py" -m pip install --no-deps "$(requirements megatron | grep '^megatron-bridge')"
+    fi
     ;;
 eval)
     requirements eval dev >"$venv/requirements.txt"

@@ -12,9 +12,12 @@ from rich.console import Console
 from settings import SettingsError
 from trainers import FOLDERS, TRAINED, data_file, ray_address, start, trainer
 
+from verl_avar.training.checks import engine_of
 from verl_avar.training.compose import ConfigError, compose, verl_defaults
 
-VERL = {"sft": "sft_trainer_engine", "rl": "ppo_trainer"}  # verl's own configs, whose defaults ours are compared with
+# verl's own configs, whose defaults ours are compared with, and what chooses its Megatron backend in them.
+VERL = {"sft": "sft_trainer_engine", "rl": "ppo_trainer"}
+VERL_MEGATRON = {"sft": ["engine=megatron", "optim=megatron"], "rl": ["model_engine=megatron"]}
 # Shown above already.
 SHOWN = ("model.path", "data.train_files", "data.val_files", "trainer.default_local_dir", "avar.metrics_file")
 
@@ -41,12 +44,8 @@ def compose_stages(recipe: DictConfig, out: Path, stages: list[str]) -> list[Com
         training = trainer(recipe, out, stage, planned_model(recipe, out, start(stage)))
         try:
             config = compose(training.config, training.overrides)
-            if training.module == "sft":
-                check_objective(config.engine.get("avar"))
-                check_sft(config)
-            else:
-                check_objective(config.actor_rollout_ref.actor.fsdp_config.get("avar"))
-                check_rl(config)
+            check_objective(config)
+            (check_sft if training.module == "sft" else check_rl)(config)
         except ConfigError as error:
             raise SettingsError(f"{stage}: {error}") from None
         found.append(Composed(stage, training.module, config))
@@ -100,8 +99,10 @@ def total_steps(recipe: DictConfig, out: Path, stage: str, config: DictConfig) -
 
 def differences(composed: Composed) -> list[tuple[str, Any, Any]]:
     """(key, value, verl's own value or None) of every effective setting that verl's defaults have otherwise."""
-    ours = _flat(OmegaConf.to_container(composed.config, resolve=True))
-    theirs = _flat(OmegaConf.to_container(verl_defaults(VERL[composed.module]), resolve=True))
+    megatron = engine_of(composed.config).strategy == "megatron"
+    defaults = verl_defaults(VERL[composed.module], VERL_MEGATRON[composed.module] if megatron else [])
+    ours = flat(OmegaConf.to_container(composed.config, resolve=True))
+    theirs = flat(OmegaConf.to_container(defaults, resolve=True))
     unused = () if composed.module == "sft" else _unused(composed.config)
     return [
         (key, value, theirs.get(key))
@@ -125,9 +126,10 @@ def _unused(config: DictConfig) -> tuple[str, ...]:
     return tuple(part for part, used in parts.items() if not used)
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A tree of mappings as dotted keys and values."""
     if isinstance(tree, dict) and tree:
-        parts = (_flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in tree.items())
+        parts = (flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in tree.items())
         return {key: value for part in parts for key, value in part.items()}
     return {prefix: tree}
 
@@ -187,9 +189,10 @@ def _steps(recipe: DictConfig, out: Path, part: Composed, settings: DictConfig) 
 def _batch(part: Composed) -> str:
     config = part.config
     if part.module == "sft":
-        data = config.data
+        data, tensor = config.data, config.engine.get("tensor_model_parallel_size", 1)
         micro = f"{data.max_token_len_per_gpu} tokens" if data.use_dynamic_bsz else f"{data.micro_batch_size_per_gpu}"
-        return f"{data.train_batch_size} conversations of up to {data.max_length} tokens; a GPU at once: {micro}"
+        where = "a GPU" if tensor == 1 else f"{tensor} GPUs"
+        return f"{data.train_batch_size} conversations of up to {data.max_length} tokens; {where} at once: {micro}"
     actor, n = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout.n
     return (
         f"{config.data.train_batch_size} prompts × {n} rollouts, up to {config.data.max_prompt_length} + "

@@ -56,7 +56,7 @@ def problems(recipe: DictConfig, out: Path, stages: list[str], composed: list[Co
             check()
         except SettingsError as error:
             found.append(str(error))
-    return found
+    return found + megatron_problems(recipe, composed)
 
 
 def check_folder(recipe: DictConfig, out: Path) -> None:
@@ -94,6 +94,20 @@ def check_versions(recipe: DictConfig) -> None:
         raise SettingsError(
             f"versions: {'; '.join(wrong)}; {BOOTSTRAP[stack]} installs the tested ones, needs.versions=false goes on"
         )
+
+
+def megatron_problems(recipe: DictConfig, composed: list[Composed]) -> list[str]:
+    """What verl's Megatron backend lacks in this environment, a line per package; none where no stage trains on it."""
+    from verl_avar.doctor.environment import BOOTSTRAP, installed, versions
+    from verl_avar.training.checks import engine_of
+
+    if all(engine_of(part.config).strategy != "megatron" for part in composed):
+        return []
+    return [
+        f"{finding.name}: {finding.detail}; {BOOTSTRAP['megatron']} installs it"
+        for finding in versions("megatron", core=False)
+        if not finding.ok and (recipe.needs.versions or installed(finding.name) is None)
+    ]
 
 
 def check_base(base: str) -> None:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What every recipe's script does: find or make the environment, then the runner with the recipe's yaml.
-#   bash recipes/start.sh cpu|gpu NAME [arguments of run.py]
+#   bash recipes/start.sh cpu|gpu|megatron NAME [arguments of run.py]
 # A dry run takes whatever environment is there: it needs no GPU, so the CPU one will do.
 set -euo pipefail
 mode=$1 name=$2

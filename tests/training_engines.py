@@ -85,8 +85,14 @@ def transformers_kept():
             setattr(cls, name, function)
 
 
-def new_engine(folder, packed=False, checkpointing=False, lora_rank=0, bf16=False, sequence_parallel=1, **avar):
-    """A real engine of the checkpoint in `folder`, with settings of the block `avar`."""
+def new_engine(
+    folder, packed=False, checkpointing=False, lora_rank=0, bf16=False, sequence_parallel=1, reference=False, **avar
+):
+    """A real engine of the checkpoint in `folder`, with settings of the block `avar`.
+
+    reference: with verl's own config of a reference policy, which has no such block.
+    """
+    from omegaconf import open_dict
     from verl.utils.config import omega_conf_to_dataclass
     from verl.workers.engine import EngineRegistry
 
@@ -96,6 +102,10 @@ def new_engine(folder, packed=False, checkpointing=False, lora_rank=0, bf16=Fals
     for name, value in zip(MODEL_SETTINGS, (packed, checkpointing, lora_rank), strict=True):
         config.model[name] = value
     config.engine.ulysses_sequence_parallel_size = sequence_parallel
+    if reference:
+        with open_dict(config.engine):
+            config.engine.pop("avar")
+        config.engine.update({"_target_": "verl.workers.config.FSDPEngineConfig", "forward_only": True})
     if bf16:
         config.engine.mixed_precision.param_dtype = "bf16"
     config.optim.total_training_steps = 10

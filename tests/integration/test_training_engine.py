@@ -97,6 +97,14 @@ def test_masses_are_those_of_the_full_attention_maps(build_engine, model_folder,
     assert pad_rows(output["visual_mass"])[0].sum() > 0
 
 
+def test_a_reference_policy_measures_nothing(build_engine, rows):
+    from verl_avar.training.measured_batch import OUTPUTS
+
+    measured, plain = infer(build_engine(), rows, 3), infer(build_engine(reference=True), rows, 3)
+    assert measured.keys() - plain.keys() == {*OUTPUTS}
+    torch.testing.assert_close(plain["log_probs"].values(), measured["log_probs"].values())
+
+
 @pytest.mark.parametrize("scope", ["response", "user+response"])
 def test_objective_does_not_depend_on_micro_batching(build_engine, rows, scope):
     engine = build_engine(alpha=0.3, beta=0.2, queries=scope)

@@ -1,5 +1,6 @@
 """Every shipped recipe composes against the installed verl by the runner's own dry run; sweeps; machines' problems."""
 
+import runpy
 import signal
 import subprocess
 import sys
@@ -10,17 +11,22 @@ import pytest
 import run
 from conftest import ROOT
 from omegaconf import OmegaConf
-from plan import compose_stages, differences, total_steps
+from packaging.requirements import Requirement
+from plan import compose_stages, differences, flat, total_steps
 from ray_cluster import gpus_of_nodes
 from settings import STAGES, SettingsError, load
 from sweep import is_sweep, runs_of
 from trainers import trainer
 
+from verl_avar.doctor import environment
+from verl_avar.training.checks import engine_of
 from verl_avar.training.cluster import prepare_ray
 from verl_avar.training.compose import compose
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-PAPER, TINY = (ROOT / "recipes" / f"{name}.yaml" for name in ("avar_qwen25vl_7b", "avar_tiny_cpu"))
+PAPER, MEGATRON, TINY = (
+    ROOT / "recipes" / f"{name}.yaml" for name in ("avar_qwen25vl_7b", "avar_qwen25vl_7b_megatron", "avar_tiny_cpu")
+)
 SMALL = ["data.rl_rows=8", "data.eval_rows_per_task=2", "needs.disk_gib=0", "needs.memory_gib=0"]
 
 
@@ -73,6 +79,97 @@ def test_an_unknown_key_or_a_value_that_verl_refuses_is_an_error_line(arguments,
     status, _, lines = dry(capsys, PAPER, "--out", tmp_path / "run", *arguments)
     assert status == run.EXIT_BAD_INPUT
     assert len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("stage", "setting", "named"),
+    [
+        ("coldstart_agto", "engine.no_such_key=1", "no_such_key"),
+        ("coldstart_agto", "+engine.fsdp_size=8", "fsdp_size"),
+        ("coldstart_agto", "engine.pipeline_model_parallel_size=2", "pipeline_model_parallel_size=1"),
+        ("coldstart_agto", "engine.tensor_model_parallel_size=3", "does not divide 8 GPUs"),
+        ("coldstart_agto", "data.micro_batch_size_per_gpu=3", "micro_batch_size_per_gpu=3 does not divide"),
+        ("rl", "actor_rollout_ref.actor.megatron.avar.alhpa=1", "alhpa"),
+        ("rl", "actor_rollout_ref.actor.fsdp_config.strategy=fsdp2", "fsdp_config"),
+        ("rl", "actor_rollout_ref.actor.megatron.context_parallel_size=2", "context_parallel_size=1"),
+        ("rl", "actor_rollout_ref.actor.megatron.tensor_model_parallel_size=3", "does not divide 8 GPUs"),
+    ],
+)
+def test_what_the_megatron_engine_refuses_is_an_error_of_the_dry_run(stage, setting, named, tmp_path):
+    recipe = load(MEGATRON, [f"{'rl' if stage == 'rl' else 'coldstart'}.overrides=[{setting}]"])
+    with pytest.raises(SettingsError, match=f"^{stage}: .*{named}") as error:
+        compose_stages(recipe, tmp_path, [stage])
+    assert "\n" not in str(error.value)
+
+
+def test_on_megatron_the_papers_settings_differ_by_the_engine_alone(tmp_path):
+    fsdp, megatron = (
+        [part.config for part in compose_stages(load(path, []), tmp_path, ["coldstart_agto", "rl"])]
+        for path in (PAPER, MEGATRON)
+    )
+    actor = "actor_rollout_ref.actor."
+    optimizer = {"optim._target_", "optim.optimizer", "optim.override_optimizer_config"}
+    cut = {"use_dynamic_bsz", "micro_batch_size_per_gpu", "max_token_len_per_gpu"}
+    allowed = (
+        {"model.use_remove_padding", "trainer.experiment_name", *optimizer, *(f"data.{key}" for key in cut)},
+        {"actor_rollout_ref.model.use_remove_padding", "trainer.experiment_name", "model_engine"}
+        | {actor + key for key in (*optimizer, "_target_", "checkpoint._target_", "strategy", "use_dynamic_bsz")}
+        | {f"{actor}ppo_micro_batch_size_per_gpu"},
+    )
+    # The engine itself, and parts that follow the actor or that this run builds nothing from
+    follow = ("engine.", "critic.", "actor_rollout_ref.ref.", "actor_rollout_ref.rollout.")
+    for ours, other, keys in zip(megatron, fsdp, allowed, strict=True):
+        values, others = (flat(OmegaConf.to_container(config, resolve=True)) for config in (ours, other))
+        both = values.keys() & others.keys()
+        assert {key for key in both if values[key] != others[key] and not key.startswith(follow)} == keys
+        engine = engine_of(ours).block
+        assert engine.avar == engine_of(other).block.avar
+        assert engine.tensor_model_parallel_size == 4 and engine.sequence_parallel and engine.use_distributed_optimizer
+        assert engine.override_transformer_config.recompute_granularity == "full"
+    sft, rl = megatron
+    assert (sft.optim.lr_decay_style, sft.optim.min_lr, rl.actor_rollout_ref.actor.optim.lr_decay_style) == (
+        "cosine", 0, "constant",
+    )  # fmt: skip
+    for checkpoint in (sft.checkpoint, rl.actor_rollout_ref.actor.checkpoint):
+        assert checkpoint.save_contents == ["model", "optimizer", "extra", "hf_model"]
+
+
+def test_megatron_plans_are_compared_with_verls_megatron_defaults(tmp_path):
+    for part in compose_stages(load(MEGATRON, []), tmp_path, ["coldstart_agto", "rl"]):
+        key, engine, _ = engine_of(part.config)
+        shown = {name.removeprefix(f"{key}."): old for name, _, old in differences(part) if name.startswith(f"{key}.")}
+        assert shown["tensor_model_parallel_size"] == 1
+        assert "sequence_parallel" in engine and "sequence_parallel" not in shown  # as verl's Megatron engine has it
+
+
+def test_what_the_megatron_backend_lacks_is_a_line_per_package_of_megatron_recipes(monkeypatch, tmp_path):
+    declared = {
+        "megatron-core": ">=0.18,<0.19", "megatron-bridge": ">=0.5,<0.6", "transformer-engine": "[core_cu13,pytorch]",
+    }  # fmt: skip
+    lines = [f'{name}{wanted}; extra == "megatron"' for name, wanted in declared.items()]
+    monkeypatch.setattr(environment.metadata, "requires", lambda name: ["rich", *lines, 'torch; extra == "gpu"'])
+    here = {"megatron-core": "0.16.1", "transformer-engine": "2.20.2"}
+    monkeypatch.setattr(environment, "installed", here.get)
+
+    def problems(path, *overrides):
+        recipe = load(path, list(overrides))
+        return preflight.megatron_problems(recipe, compose_stages(recipe, tmp_path, ["coldstart_agto", "rl"]))
+
+    core, bridge = problems(MEGATRON)
+    assert core.startswith("megatron-core: 0.16.1 is not in the tested range")
+    assert bridge.startswith("megatron-bridge: not installed") and "bash recipes/bootstrap.sh megatron" in bridge
+    assert problems(MEGATRON, "needs.versions=false") == [bridge]
+    assert problems(PAPER) == []
+    here |= {"megatron-core": "0.18.2", "megatron-bridge": "0.5.1"}
+    assert problems(MEGATRON) == []
+
+
+def test_the_megatron_extra_names_what_the_backend_imports():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("setuptools.setup", lambda **_: None)
+        extras = runpy.run_path(str(ROOT / "setup.py"))["EXTRAS"]
+    names = {Requirement(line).name for line in extras["megatron"]}
+    assert {"megatron-core", "megatron-bridge", "transformer-engine", "nvidia-modelopt", "einops"} == names
 
 
 def test_the_papers_settings_reach_the_trainers(tmp_path):

@@ -3,11 +3,13 @@
 import pytest
 from omegaconf import OmegaConf
 from verl.utils.config import omega_conf_to_dataclass
-from verl.workers.config import FSDPEngineConfig
+from verl.workers.config import FSDPEngineConfig, McoreEngineConfig
 
 from verl_avar.rollout import kv_transfer_config
+from verl_avar.training.checks import engine_of
 from verl_avar.training.compose import CONFIGS, ConfigError, compose
 from verl_avar.training.config import AvarConfig, AvarFSDPEngineConfig
+from verl_avar.training.megatron.config import AvarMcoreEngineConfig
 
 
 def test_defaults_add_no_objective():
@@ -85,21 +87,54 @@ def test_objective_that_decayed_to_nothing_measures_nothing():
 
 
 def test_verl_builds_the_engine_config_from_yaml():
-    block = OmegaConf.create(
-        {"_target_": "verl_avar.training.config.AvarFSDPEngineConfig", "strategy": "fsdp2", "avar": {"alpha": 0.2}}
-    )
-    config = omega_conf_to_dataclass(block)
-    assert isinstance(config, FSDPEngineConfig)
-    assert config.avar == AvarConfig(alpha=0.2)
-    assert isinstance(AvarFSDPEngineConfig().avar, AvarConfig)
+    for cls, verls, strategy in (
+        (AvarFSDPEngineConfig, FSDPEngineConfig, "fsdp2"),
+        (AvarMcoreEngineConfig, McoreEngineConfig, "megatron"),
+    ):
+        target = f"{cls.__module__}.{cls.__name__}"
+        block = OmegaConf.create({"_target_": target, "strategy": strategy, "avar": {"alpha": 0.2}})
+        config = omega_conf_to_dataclass(block)
+        assert isinstance(config, verls)
+        assert config.avar == AvarConfig(alpha=0.2)
+
+
+def measuring_passes(config):
+    avar = AvarConfig.of(getattr(config, "avar", None))
+    return [name for name, training in (("train", True), ("infer", False)) if avar.measures(training)]
+
+
+def test_an_engine_without_the_block_measures_nothing_and_one_with_an_empty_block_always():
+    for plain, ours in ((FSDPEngineConfig, AvarFSDPEngineConfig), (McoreEngineConfig, AvarMcoreEngineConfig)):
+        assert measuring_passes(plain()) == measuring_passes(ours()) == []
+        assert measuring_passes(ours(avar={})) == ["train", "infer"]
+
+
+@pytest.mark.parametrize("name", ["rl", "rl_cpu", "rl_megatron"])
+def test_reference_policy_and_critic_have_no_block_and_the_actor_has_one(name):
+    rl = compose(name, [])
+    assert engine_of(rl).block.avar is not None
+    for part in (rl.actor_rollout_ref.ref, rl.critic):
+        assert not [block for block in part.values() if OmegaConf.is_dict(block) and "avar" in block]
+
+
+def test_the_engines_block_is_found_by_the_strategy():
+    assert [engine_of(compose(name, []))[::2] for name in ("sft_cpu", "sft_megatron", "rl", "rl_megatron")] == [
+        ("engine", "fsdp2"),
+        ("engine", "megatron"),
+        ("actor_rollout_ref.actor.fsdp_config", "fsdp2"),
+        ("actor_rollout_ref.actor.megatron", "megatron"),
+    ]
+    for name, key in (("sft", "engine"), ("rl", "actor_rollout_ref.actor")):
+        with pytest.raises(ConfigError, match=f"{key}.strategy=veomni: .*; use fsdp, fsdp2, megatron"):
+            engine_of(compose(name, [f"{key}.strategy=veomni"]))
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
 def test_every_shipped_config_composes_and_is_valid(name):
     config = compose(name, [])
-    engine = config.engine if name.startswith("sft") else config.actor_rollout_ref.actor.fsdp_config
-    assert engine._target_.endswith("AvarFSDPEngineConfig")
-    AvarConfig.of(engine.avar)
+    engine = omega_conf_to_dataclass(engine_of(config).block)
+    assert type(engine) is (AvarMcoreEngineConfig if name.endswith("megatron") else AvarFSDPEngineConfig)
+    assert engine.avar.active == name.startswith("sft")
 
 
 def test_rl_config_starts_the_rollouts_with_our_connector():
@@ -116,5 +151,5 @@ def test_unknown_override_is_one_line_that_names_it(override):
 
 
 def test_unknown_config_lists_the_known():
-    with pytest.raises(ConfigError, match="rl, rl_cpu, sft, sft_cpu"):
+    with pytest.raises(ConfigError, match="rl, rl_cpu, rl_megatron, sft, sft_cpu, sft_megatron"):
         compose("sft_tpu", [])

@@ -53,7 +53,7 @@ def test_the_starter_of_a_process_chooses_the_file(tmp_path, monkeypatch):
     assert os.environ["VERL_FILE_LOGGER_PATH"] == "chosen.jsonl"
 
 
-@pytest.mark.parametrize("inside", ["huggingface", "actor/huggingface"])
+@pytest.mark.parametrize("inside", [f"{part}huggingface" for part in ("", "actor/", "model/", "actor/model/")])
 def test_newest_whole_checkpoint_is_found(tmp_path, inside):
     for step in (4, 8):
         model = tmp_path / f"global_step_{step}" / inside

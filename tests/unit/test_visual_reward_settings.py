@@ -77,6 +77,17 @@ def test_mistake_is_one_line(config, changes, message):
     assert "\n" not in str(error.value)
 
 
+def test_an_actor_that_measures_nothing_is_named_by_its_engines_block():
+    megatron = compose("rl_megatron", ["avar.vars.source=actor"])
+    with pytest.raises(ConfigError, match=r": actor_rollout_ref\.actor\.megatron\.avar\.masses=objective measures"):
+        check_visual_reward(megatron)
+    megatron.actor_rollout_ref.actor.megatron.avar.masses = "infer"
+    check_visual_reward(megatron)
+    without = compose("rl", ["avar.vars.source=actor", "~actor_rollout_ref.actor.fsdp_config.avar"])
+    with pytest.raises(ConfigError, match=r"fsdp_config\.avar\.masses=objective measures nothing"):
+        check_visual_reward(without)
+
+
 def test_trainers_run_under_the_names_that_verl_knows(config):
     from verl.trainer.ppo.v1 import get_trainer_cls
     from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 
 GIB = 2**30
 DISK_GIB, MEMORY_GIB, SHARED_MEMORY_GIB = 2, 10, 0.5  # what the tiny CPU run needs
-BOOTSTRAP = {"cpu": "bash recipes/bootstrap.sh cpu", "gpu": "bash recipes/bootstrap.sh gpu"}
+BOOTSTRAP = {extra: f"bash recipes/bootstrap.sh {extra}" for extra in ("cpu", "gpu", "megatron")}
 ENTRY_POINTS = {
     "verl.plugins": "verl_avar.training.plugin",
     "vllm.general_plugins": "verl_avar.rollout.plugin:register",
@@ -51,18 +51,24 @@ def stack() -> tuple[str | None, Finding]:
     return ("cpu" if cpu else "gpu"), Finding("stack", True, f"{'CPU' if cpu else 'GPU'}: torch {installed('torch')}")
 
 
-def requirements(extra: str) -> Iterator[Requirement]:
-    """The version ranges of setup.py for one extra, as the installed package's metadata has them."""
+def requirements(extra: str, core: bool = True) -> Iterator[Requirement]:
+    """The version ranges of setup.py for one extra, as the installed package's metadata has them.
+
+    core: with those that every extra has.
+    """
     for line in metadata.requires("verl_avar") or ():
         requirement = Requirement(line)
-        if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            if core:
+                yield requirement
+        elif requirement.marker.evaluate({"extra": extra}):
             yield requirement
 
 
-def versions(extra: str) -> Iterator[Finding]:
-    """A finding per package of the stack: its version against every range that setup.py gives."""
+def versions(extra: str, core: bool = True) -> Iterator[Finding]:
+    """A finding per package of the stack: its version against every range that setup.py gives. core: as above."""
     ranges: dict[str, list[Requirement]] = {}
-    for requirement in requirements(extra):
+    for requirement in requirements(extra, core):
         ranges.setdefault(requirement.name, []).append(requirement)
     for name, wanted in ranges.items():
         specifier = ",".join(str(requirement.specifier) for requirement in wanted if requirement.specifier)

@@ -2,6 +2,7 @@
 
 verl writes `global_step_N/` and then the number N to `latest_checkpointed_iteration.txt`; SFT keeps the model files in
 the folder itself, RL in its `actor/` (verl/utils/checkpoint/checkpoint_handler.py, trainer/ppo/v1/trainer_base.py:948).
+There it is `huggingface/` on FSDP, `model/huggingface/` on Megatron (verl/utils/megatron_utils.py:1008).
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ def latest_model(folder: Path | str) -> Path:
     if step == 0:
         raise FileNotFoundError(f"no finished checkpoint in {folder}")
     saved = Path(folder) / f"global_step_{step}"
-    for model in (saved / "huggingface", saved / "actor" / "huggingface"):
+    for folder in (saved, saved / "model", saved / "actor", saved / "actor" / "model"):
+        model = folder / "huggingface"
         if (model / "config.json").is_file() and list(model.glob("*.safetensors")):
             return model
     raise FileNotFoundError(

@@ -4,21 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from verl_avar.training.compose import ConfigError
 
 KNOWN_ROLES = frozenset({"system", "user", "assistant", "tool"})
 TRAINER_MODES = ("avar_sync", "avar_colocate_async", "avar_separate_async")
 ASYNC_MODES = ("colocate_async", "separate_async")  # verl's own
+# The block of an actor's config that configures its engine, for the strategies that AVAR has an engine for.
+ENGINE_BLOCKS = {"fsdp": "fsdp_config", "fsdp2": "fsdp_config", "megatron": "megatron"}
 
 
-def check_objective(block: Any) -> None:
-    """Raises ConfigError for an `avar` block of an engine config that the engine would refuse."""
+class Engine(NamedTuple):
+    """The engine that a run trains with: its block and where that is in the config, and verl's name of the backend."""
+
+    key: str
+    block: Any
+    strategy: str
+
+
+def engine_of(config: Any) -> Engine:
+    """The engine of a whole SFT or RL config. Raises ConfigError for a strategy that AVAR has no engine for."""
+    actor = None if "actor_rollout_ref" not in config else config.actor_rollout_ref.actor
+    key, part = ("engine", config.engine) if actor is None else ("actor_rollout_ref.actor", actor)
+    strategy = part.get("strategy")
+    if strategy not in ENGINE_BLOCKS:
+        raise ConfigError(f"{key}.strategy={strategy}: AVAR has no engine for it; use {', '.join(ENGINE_BLOCKS)}")
+    if actor is None:
+        return Engine(key, part, strategy)
+    name = ENGINE_BLOCKS[strategy]
+    return Engine(f"{key}.{name}", part[name], strategy)
+
+
+def check_objective(config: Any) -> None:
+    """Raises ConfigError for a run whose engine's block `avar` the engine would refuse."""
     from verl_avar.training.config import AvarConfig
 
     try:
-        AvarConfig.of(block)
+        AvarConfig.of(engine_of(config).block.get("avar"))
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -49,12 +72,12 @@ def check_visual_reward(config: Any) -> None:
             f"{said}: algorithm.rollout_correction.bypass_mode skips the pass that measures; set it to false, or "
             "source=rollout"
         )
-    actor = config.actor_rollout_ref.actor
-    name = "megatron" if actor.strategy == "megatron" else "fsdp_config"
-    if not AvarConfig.of(actor[name].get("avar")).measures(training=False):
+    engine = engine_of(config)
+    avar = AvarConfig.of(engine.block.get("avar"))
+    if not avar.measures(training=False):
         raise ConfigError(
-            f"{said}: actor_rollout_ref.actor.{name}.avar.masses={actor[name].avar.masses} measures nothing in the "
-            "old-log-prob pass; set it to infer or always"
+            f"{said}: {engine.key}.avar.masses={avar.masses} measures nothing in the old-log-prob pass; set it to "
+            "infer or always"
         )
 
 

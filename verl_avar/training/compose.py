@@ -46,13 +46,13 @@ def compose(name: str, overrides: list[str]) -> DictConfig:
         raise ConfigError(f"{stem}: {' '.join(str(cause).split())}") from error
 
 
-def verl_defaults(name: str) -> DictConfig:
+def verl_defaults(name: str, overrides: list[str]) -> DictConfig:
     """A config of verl's own as it is installed, without anything of ours."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
     with initialize_config_dir(str(verl_configs()), version_base=None):
-        return hydra_compose(name)
+        return hydra_compose(name, overrides)
 
 
 def arguments(prog: str, default: str, argv: list[str] | None) -> tuple[str, list[str]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from verl.workers.config import FSDPEngineConfig
@@ -55,10 +55,15 @@ class AvarConfig:
 
     @classmethod
     def of(cls, block: AvarConfig | Mapping[str, Any] | None) -> AvarConfig:
-        """From a config block. Raises ValueError for a key that doesn't exist."""
+        """From a config block. Raises ValueError for a key that doesn't exist.
+
+        None, as verl's own engine configs have it (the reference policy's), measures nothing.
+        """
         if isinstance(block, cls):
             return block
-        block = dict(block or {})
+        if block is None:
+            return cls(masses="objective")
+        block = dict(block)
         known = [f.name for f in fields(cls)]
         if unknown := sorted(set(block) - set(known)):
             raise ValueError(f"avar: unknown key {', '.join(unknown)}; the keys are {', '.join(known)}")
@@ -111,7 +116,7 @@ class AvarFSDPEngineConfig(FSDPEngineConfig):
 
     _mutable_fields = FSDPEngineConfig._mutable_fields | {"avar"}
 
-    avar: Any = field(default_factory=AvarConfig)
+    avar: Any = None
 
     def __post_init__(self):
         super().__post_init__()

@@ -20,12 +20,13 @@ from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDPEngineWithValueHead
 
 from verl_avar.attention.hf import Record, probe, set_attention
-from verl_avar.objective import agto_counts, agto_terms
+from verl_avar.objective import agto_terms
 from verl_avar.reward import head_sums, layer_scores
-from verl_avar.roles import ChatTokens, Role, query_mask, token_roles
+from verl_avar.roles import ChatTokens, Role, query_mask
 from verl_avar.training.config import AvarConfig
 from verl_avar.training.figures import QUERIES, Figures
-from verl_avar.training.packing import full_length_mask, pack, pad_rows, unpack, within
+from verl_avar.training.measured_batch import MeasuredBatch
+from verl_avar.training.packing import pack, pad_rows, unpack
 from verl_avar.training.ulysses import set_ulysses_attention, whole_row
 
 
@@ -40,14 +41,10 @@ class MicroBatch:
     system: torch.Tensor | None = None
 
 
-# Per-token entries of `model_output`, in the order of `reward.SCORES`.
-OUTPUTS = ("visual_ratio", "visual_share", "visual_mass", "system_mass", "visual_vas")
-
-
 @EngineRegistry.register(
     model_type="language_model", backend=["fsdp", "fsdp2"], device=["cpu", "cuda", "npu"], vendor="avar"
 )
-class AvarFSDPEngine(FSDPEngineWithLMHead):
+class AvarFSDPEngine(MeasuredBatch, FSDPEngineWithLMHead):
     """FSDP engine for a language model with visual tokens.
 
     `model_output` gains, in passes that measure, nested entries of one value per token, at the query that produces the
@@ -140,11 +137,7 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
             scores = layer_scores(means, self.avar.eps)  # [5, B, T]
         if self._figures is not None:
             self._figures.add_scores(scores, roles)
-        scores = scores * query_mask(roles, "response")
-        ids = micro_batch["input_ids"]
-        for name, score in zip(OUTPUTS, scores, strict=True):
-            model_output[name] = torch.nested.nested_tensor_from_jagged(score[within(ids)], ids.offsets())
-        return model_output
+        return model_output | self._token_outputs(scores, roles, micro_batch["input_ids"])
 
     def _over_heads(self, mean: torch.Tensor) -> torch.Tensor:
         """A mean over this rank's heads, in place to one over all heads; without gradients."""
@@ -161,17 +154,6 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
         lengths.append(self._get_packed_pad_size(sum(lengths)))
         lengths.append(-sum(lengths) % self.ulysses_sequence_parallel_size)
         return [length for length in lengths if length]
-
-    def _roles(self, data: TensorDict) -> torch.Tensor:
-        """Roles of a batch, nested uint8 like its `input_ids`."""
-        ids = data["input_ids"]
-        written = full_length_mask(data["loss_mask"], ids.offsets().diff().tolist())
-        padded, mask, written = pad_rows(ids), within(ids), pad_rows(written)
-        # verl fills a batch with rows of end markers, without a turn to read (trainer/ppo/padding_utils.py)
-        real = written.any(dim=-1) | (mask & (padded != padded[:, :1])).any(dim=-1)
-        roles = torch.zeros_like(padded, dtype=torch.uint8)
-        roles[real] = token_roles(padded[real], self.chat, attention_mask=mask[real], response_mask=written[real])
-        return torch.nested.nested_tensor_from_jagged(roles[within(ids)], ids.offsets())
 
     def _open_probe(self, micro_batch: TensorDict, lengths: list[int] | None, forward_only: bool) -> MicroBatch:
         """Opens a probe for the queries this pass needs: the answers', or those of the objective and the figures."""
@@ -201,12 +183,6 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
         )
         self._figures.add_terms(terms.enhance_sum, terms.suppress_sum)
         return terms.loss(config.alpha, config.beta, *self._figures.counts) * self.get_data_parallel_size()
-
-    def _count_samples(self, roles: torch.Tensor) -> tuple[int, int]:
-        """Samples of the mini-batch, over all ranks, that have the enhance and the suppress term."""
-        counts = torch.tensor(agto_counts(pad_rows(roles), self.avar.queries), device=get_device_id())
-        torch.distributed.all_reduce(counts, group=self.get_data_parallel_group())
-        return tuple(counts.tolist())
 
 
 @EngineRegistry.register(

@@ -51,7 +51,7 @@ def check(config: DictConfig) -> None:
     from verl_avar.training.checks import check_files, check_model, check_objective, check_roles, check_visual_reward
     from verl_avar.training.schema import check_rl
 
-    check_objective(config.actor_rollout_ref.actor.fsdp_config.get("avar"))
+    check_objective(config)
     check_visual_reward(config)
     check_model(config.actor_rollout_ref.model.path)
     columns = [config.data.prompt_key, "data_source", "reward_model", config.data.image_key]

@@ -14,6 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from verl_avar.training.checks import engine_of
 from verl_avar.training.compose import ConfigError
 
 SFT_PARTS = ("engine", "optim", "checkpoint", "profiler")  # those that verl/trainer/sft_trainer.py:_build_config builds
@@ -24,9 +25,17 @@ def check_sft(config: DictConfig) -> None:
     """Raises ConfigError for what verl's SFT trainer would refuse."""
     with _one_line():
         _check_parts(config, SFT_PARTS, model="model")
-        ranks = config.trainer.nnodes * config.trainer.n_gpus_per_node
-        if config.data.train_batch_size % ranks:
-            raise ConfigError(f"data.train_batch_size={config.data.train_batch_size} does not divide by {ranks} GPUs")
+        gpus = config.trainer.nnodes * config.trainer.n_gpus_per_node
+        ranks, data = _data_parallel(gpus, config.engine, "engine"), config.data
+        if data.train_batch_size % ranks:
+            raise ConfigError(
+                f"data.train_batch_size={data.train_batch_size} does not divide by {ranks} data-parallel ranks"
+            )
+        if not data.use_dynamic_bsz and data.train_batch_size // ranks % data.micro_batch_size_per_gpu:
+            raise ConfigError(
+                f"data.micro_batch_size_per_gpu={data.micro_batch_size_per_gpu} does not divide a rank's part of the "
+                f"batch, {data.train_batch_size // ranks}"
+            )
 
 
 def check_rl(config: DictConfig) -> None:
@@ -36,9 +45,19 @@ def check_rl(config: DictConfig) -> None:
 
     with _one_line():
         _check_parts(config, RL_PARTS, model="actor_rollout_ref.model")
+        engine = engine_of(config)
+        _data_parallel(config.trainer.nnodes * config.trainer.n_gpus_per_node, engine.block, engine.key)
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():  # it says that all is well
             warnings.simplefilter("ignore")
             validate_config(config, need_reference_policy(config), need_critic(config))
+
+
+def _data_parallel(gpus: int, engine: DictConfig, key: str) -> int:
+    """Data-parallel ranks. Raises ConfigError where tensor-parallel groups don't fill the GPUs."""
+    tensor = engine.get("tensor_model_parallel_size", 1)
+    if gpus % tensor:
+        raise ConfigError(f"{key}.tensor_model_parallel_size={tensor} does not divide {gpus} GPUs")
+    return gpus // tensor
 
 
 def _check_parts(config: DictConfig, parts: tuple[str, ...], model: str) -> None:

@@ -23,7 +23,7 @@ def run(config: DictConfig) -> None:
     from verl_avar.training.schema import check_sft
     from verl_avar.training.whole_checkpoints import before_resuming
 
-    check_objective(config.engine.get("avar"))
+    check_objective(config)
     check_model(config.model.path)
     check_files(config.data.train_files, columns=[config.data.messages_key, "images"], mixed=True)
     check_roles(config.data.train_files, config.data.messages_key)

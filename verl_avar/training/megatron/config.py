@@ -1,11 +1,8 @@
-"""The block `avar` of verl's Megatron engine config.
-
-engine._target_=verl_avar.training.megatron.config.AvarMcoreEngineConfig +engine.avar.alpha=0.15
-"""
+"""The block `avar` of verl's Megatron engine config, set by `training/config/*_megatron.yaml`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from verl.workers.config import McoreEngineConfig
@@ -15,15 +12,16 @@ from verl_avar.training.config import AvarConfig
 
 @dataclass
 class AvarMcoreEngineConfig(McoreEngineConfig):
-    """verl's Megatron engine config with the block `avar`."""
+    """verl's Megatron engine config with the block `avar`. Raises ValueError for context and pipeline parallelism."""
 
     _mutable_fields = McoreEngineConfig._mutable_fields | {"avar"}
 
-    avar: Any = field(default_factory=AvarConfig)
+    avar: Any = None
 
     def __post_init__(self):
         super().__post_init__()
         self.avar = AvarConfig.of(self.avar)
+        check_parallelism(self)
 
 
 def check_parallelism(config: McoreEngineConfig) -> None:

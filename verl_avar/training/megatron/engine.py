@@ -23,8 +23,8 @@ from verl_avar.objective import agto_terms
 from verl_avar.reward import head_sums, layer_scores
 from verl_avar.roles import ChatTokens, Role, query_mask
 from verl_avar.training.config import AvarConfig
-from verl_avar.training.engine import OUTPUTS, AvarFSDPEngine
 from verl_avar.training.figures import QUERIES, Figures
+from verl_avar.training.measured_batch import MeasuredBatch
 from verl_avar.training.megatron.config import check_parallelism
 from verl_avar.training.megatron.layer_objective import LayerObjective, layer_objective
 from verl_avar.training.megatron.layout import Layout, lay_out
@@ -43,7 +43,7 @@ class MicroBatch:
 
 
 @EngineRegistry.register(model_type="language_model", backend="megatron", device="cuda", vendor="avar")
-class AvarMegatronEngine(MegatronEngineWithLMHead):
+class AvarMegatronEngine(MeasuredBatch, MegatronEngineWithLMHead):
     """Megatron engine for a language model with visual tokens: tensor, sequence and data parallel.
 
     Output and metrics are those of `AvarFSDPEngine`. Raises ValueError for context and pipeline parallelism.
@@ -58,9 +58,6 @@ class AvarMegatronEngine(MegatronEngineWithLMHead):
         self._micro_batch: MicroBatch | None = None  # None in a pass that doesn't measure
         self._now = self.avar  # the settings of this step
         self._figures: Figures | None = None  # of the mini-batch, in a training pass that measures
-
-    _roles = AvarFSDPEngine._roles
-    _count_samples = AvarFSDPEngine._count_samples
 
     def _build_megatron_module(self):
         # Not through a layer spec: some of the bridges' multimodal providers choose theirs where nobody can reach it.
@@ -129,11 +126,7 @@ class AvarMegatronEngine(MegatronEngineWithLMHead):
         scores = layer_scores(sums / heads, self.avar.eps)  # [5, B, T]
         if self._figures is not None:
             self._figures.add_scores(scores, roles)
-        scores = scores * query_mask(roles, "response")
-        ids = data["input_ids"]
-        for name, score in zip(OUTPUTS, scores, strict=True):
-            model_output[name] = torch.nested.nested_tensor_from_jagged(score[within(ids)], ids.offsets())
-        return model_output
+        return model_output | self._token_outputs(scores, roles, data["input_ids"])
 
     def _open_probe(self, micro_batch: TensorDict, nested_roles: torch.Tensor, training: bool) -> MicroBatch:
         """Opens a probe for the queries this pass needs: the answers', or those of the objective and the figures."""
