@@ -156,7 +156,7 @@ def test_what_the_megatron_backend_lacks_is_a_line_per_package_of_megatron_recip
         return preflight.megatron_problems(recipe, compose_stages(recipe, tmp_path, ["coldstart_agto", "rl"]))
 
     core, bridge = problems(MEGATRON)
-    assert core.startswith("megatron-core: 0.16.1 is not in the tested range")
+    assert core.startswith("megatron-core: 0.16.1 is not in the range")
     assert bridge.startswith("megatron-bridge: not installed") and "bash recipes/bootstrap.sh megatron" in bridge
     assert problems(MEGATRON, "needs.versions=false") == [bridge]
     assert problems(PAPER) == []

@@ -77,7 +77,7 @@ def versions(extra: str, core: bool = True) -> Iterator[Finding]:
         if version is None:
             yield Finding(name, False, f"not installed, {specifier or 'any version'} is needed", fix)
         elif not all(requirement.specifier.contains(version, prereleases=True) for requirement in wanted):
-            yield Finding(name, False, f"{version} is not in the tested range {specifier}", fix)
+            yield Finding(name, False, f"{version} is not in the range {specifier} of setup.py", fix)
         else:
             yield Finding(name, True, f"{version}  ({specifier})" if specifier else version)
 
