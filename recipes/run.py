@@ -113,7 +113,7 @@ def prepare_environment(recipe: DictConfig) -> None:
 
 
 def interrupt(*_) -> None:
-    """SIGTERM ends the trainer and its processes as Ctrl-C does, also where Ctrl-C is ignored (a background job)."""
+    """SIGTERM ends a run as Ctrl-C does, also where Ctrl-C is ignored (a background job); a trainer saves first."""
     raise KeyboardInterrupt
 
 

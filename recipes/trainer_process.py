@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from verl_avar.training.metrics import log_to, read_steps
 from verl_avar.training.processes import descendants, end_processes
 from verl_avar.training.shared_memory import remove_segments
+from verl_avar.training.stopping import EXIT_STOPPED
 
 METRICS = "metrics.jsonl"
 POLL_SECONDS = 0.5
@@ -43,6 +44,7 @@ def run_trainer(
     folder: gets `log.txt` (all output), `metrics.jsonl` (a line a step; those of earlier starts stay beside it) and,
     while it runs, `process.json`.
     describe: a step's metrics -> what to show of them. Raises StageFailed with the trainer's own error line.
+    SIGTERM is handed on to the trainer, which saves a checkpoint; KeyboardInterrupt is raised when it has left.
     """
     end_leftover(folder)
     metrics, log = folder / METRICS, folder / "log.txt"
@@ -59,7 +61,7 @@ def run_trainer(
     family: set[psutil.Process] = {process}
     steps = _Steps(metrics, total_steps, folder.name, describe, console)
     try:
-        with steps:
+        with steps, _sigterm_goes_to(child):
             while child.poll() is None:
                 family |= descendants(process)
                 steps.update()
@@ -70,6 +72,8 @@ def run_trainer(
         child.wait()
         remove_segments(started)
         (folder / "process.json").unlink(missing_ok=True)
+    if child.returncode in (EXIT_STOPPED, -signal.SIGTERM):  # the latter before it could listen
+        raise KeyboardInterrupt
     if child.returncode != 0:
         raise StageFailed(f"{folder.name}: {_error_line(log, log_start)} (exit {child.returncode}; all of it in {log})")
 
@@ -88,8 +92,24 @@ def end_leftover(folder: Path) -> None:
     path.unlink()
 
 
+@contextlib.contextmanager
+def _sigterm_goes_to(child: subprocess.Popen) -> Iterator[None]:
+    """The first SIGTERM; the next ones do what they did before."""
+
+    def hand_on(*_) -> None:
+        signal.signal(signal.SIGTERM, before)
+        child.terminate()
+
+    before = signal.signal(signal.SIGTERM, hand_on)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _die_with_parent() -> None:
-    # Without this a killed runner would leave its trainer training (Linux only; elsewhere end_leftover does it).
+    # Without this a killed runner would leave its trainer training (Linux only; elsewhere end_leftover does it). It
+    # saves a checkpoint first.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 

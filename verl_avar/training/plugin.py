@@ -53,6 +53,7 @@ def activate() -> Status:
     PlatformRegistry.register(platform="cpu")(CpuPlatform)
     on_import("verl.workers.engine", _followed_by("verl_avar.training.engine"))
     on_import("verl.workers.engine", _with_megatron)
+    on_import("verl.workers.rollout.base", _with_weight_sync)
     on_import("verl.trainer.ppo.v1", _followed_by("verl_avar.training.rl_trainer"))
     STATUS.active = True
     return STATUS
@@ -79,6 +80,13 @@ def _with_megatron(engines):
         from importlib import import_module
 
         import_module("verl_avar.training.megatron.engine")
+
+
+@contextmanager
+def _with_weight_sync(rollouts):
+    """The client of vLLM servers whose weight syncs fail instead of hanging."""
+    yield
+    rollouts._ROLLOUT_REGISTRY[("vllm", "async")] = "verl_avar.training.weight_sync.ImpatientServerAdapter"
 
 
 try:

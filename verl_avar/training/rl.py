@@ -11,21 +11,24 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from omegaconf import DictConfig
 
+from verl_avar.training import command
 from verl_avar.training.cluster import prepare_ray
-from verl_avar.training.compose import ConfigError, arguments, compose
-from verl_avar.training.environment import prepare
+from verl_avar.training.compose import ConfigError
 from verl_avar.training.metrics import log_to_unless_told
 from verl_avar.training.shared_memory import remove_segments
+from verl_avar.training.stopping import on_sigterm, request
 from verl_avar.training.watchdog import watch
 
 
 def run(config: DictConfig) -> None:
     """Trains until `trainer.total_training_steps`, on a Ray cluster of its own or one that runs already.
 
-    Raises ConfigError for a mistake in the settings or the data. A run that hangs ends the process (`watchdog.py`).
+    Raises ConfigError for a mistake in the settings or the data, Stopped after SIGTERM, and what verl raises. A run
+    that hangs, or has lost one of its processes, ends this process (`watchdog.py`).
     """
     check(config)
     log_to_unless_told(config.avar.metrics_file)
@@ -34,16 +37,27 @@ def run(config: DictConfig) -> None:
     import ray
     from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
 
+    from verl_avar.training.lost_actors import LostActors
     from verl_avar.training.whole_checkpoints import before_resuming
 
     before_resuming(config.trainer)
+    stop = request(config.trainer.default_local_dir)
+    stop.unlink(missing_ok=True)  # of an earlier run
+
+    def start(*args, **kwargs):  # run_ppo calls it when ray.init has set its own handler
+        stop.parent.mkdir(parents=True, exist_ok=True)
+        on_sigterm(stop.touch)
+        return TaskRunnerV1.remote(*args, **kwargs)
+
     started = time.time()
-    with watch([config.trainer.default_local_dir, os.environ["VERL_FILE_LOGGER_PATH"]], config.avar.stall_s):
-        try:
-            run_ppo(config, task_runner_class=TaskRunnerV1)
-        finally:
-            ray.shutdown()
-            remove_segments(since=started)
+    places = [config.trainer.default_local_dir, os.environ["VERL_FILE_LOGGER_PATH"]]
+    try:
+        with watch(places, config.avar.stall_s, [LostActors()]):
+            run_ppo(config, task_runner_class=SimpleNamespace(remote=start))
+    finally:
+        ray.shutdown()
+        remove_segments(since=started)
+        stop.unlink(missing_ok=True)
 
 
 def check(config: DictConfig) -> None:
@@ -73,15 +87,8 @@ def find_reward(path: str) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line. Exit status 2 for a mistake in the settings, 3 for a run that hung, each told in one line."""
-    try:
-        config = compose(*arguments("verl_avar.training.rl", "rl", argv))
-        prepare(cpu=config.trainer.device == "cpu")
-        run(config)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Command line; see `command.py`."""
+    return command.main("rl", run, argv)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
 """verl's V1 trainers with VARS: `trainer_mode: avar_sync`, `avar_colocate_async` or `avar_separate_async`.
 
-They are verl's `sync`, `colocate_async` and `separate_async`, with three additions. The visual term of the reward,
+They are verl's `sync`, `colocate_async` and `separate_async`, with additions. The visual term of the reward,
 where `avar.vars` leaves it to the trainer (`visual_reward.py`), and `vars/*` in every step's metrics. The parts of the
 reward as `reward/*`: what a reward function returns beside its score stops, in verl, at the rollouts' extra fields
 (verl/trainer/ppo/v1/trainer_base.py:1868). And the rollouts' scores in asynchronous modes (`partial_rollouts.py`).
+They also end where verl would go on without its rollouts (`failed_rollouts.py`), and when asked to (`stopping.py`).
 """
 
 from __future__ import annotations
 
+import shutil
 from numbers import Real
-from typing import ClassVar
+from typing import ClassVar, NoReturn
 
 import numpy as np
 import torch
@@ -19,7 +21,10 @@ from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSeparateAsync
 from verl.workers.utils.padding import response_from_nested
 
 from verl_avar.training.checks import check_visual_reward
+from verl_avar.training.command import one_line
+from verl_avar.training.failed_rollouts import FailedRollouts
 from verl_avar.training.partial_rollouts import ScoredAsyncClient
+from verl_avar.training.stopping import Stopped, request
 from verl_avar.training.visual_reward import (
     Sessions,
     actor_terms,
@@ -30,6 +35,7 @@ from verl_avar.training.visual_reward import (
     source_metrics,
 )
 
+FAILED_SHARE = 0.1  # avar.failed_share where a config of verl's own has no block avar
 MEASURES_NOTHING = (
     "avar.vars.source=actor: the old-log-prob pass measured no attention; set VERL_ENGINE_VENDOR=avar and "
     "avar.masses of the actor's engine to infer or always"
@@ -53,9 +59,38 @@ class VisualRewards:
         super().__init__(config)
 
     def _build_replay_buffer(self):
-        buffer = super()._build_replay_buffer()
-        buffer.poll_interval = float(self.config.get("avar", {}).get("poll_s", buffer.poll_interval))
+        buffer, settings = super()._build_replay_buffer(), self.config.get("avar", {})
+        buffer.poll_interval = float(settings.get("poll_s", buffer.poll_interval))
+        share = float(settings.get("failed_share", FAILED_SHARE))
+        self.failed_rollouts = FailedRollouts(buffer, share * self.config.data.train_batch_size)
         return buffer
+
+    def on_step_begin(self):
+        if request(self.config.trainer.default_local_dir).exists():
+            self._save_and_stop()
+        super().on_step_begin()
+
+    def _save_and_stop(self) -> NoReturn:
+        self.global_steps -= 1  # the step that is done
+        if self.global_steps not in (self.resumed_from, self.saved):
+            self._save_checkpoint()
+        raise Stopped.after(self.global_steps)
+
+    def _load_checkpoint(self):
+        super()._load_checkpoint()
+        self.resumed_from, self.saved = self.global_steps, None
+
+    def _save_checkpoint(self):
+        folder = self.config.trainer.default_local_dir
+        try:
+            super()._save_checkpoint()
+        except Exception as error:  # torch's own words for a full disk are hard to know again
+            free = shutil.disk_usage(folder).free / 2**30
+            raise RuntimeError(
+                f"the checkpoint of step {self.global_steps} could not be written to {folder} ({free:.1f} GiB free): "
+                f"{one_line(error)}"
+            ) from error
+        self.saved = self.global_steps
 
     def _compute_old_log_prob(self, batch, metrics):
         batch = super()._compute_old_log_prob(batch, metrics)
@@ -97,6 +132,7 @@ class VisualRewards:
             if not tag.get("is_padding", False)
         ]
         metrics.update(reward_means(rollouts))
+        metrics["rollout/failed_prompts"] = self.failed_rollouts.of_step()
 
 
 @register_trainer("avar_sync")

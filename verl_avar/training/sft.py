@@ -12,13 +12,15 @@ import sys
 
 from omegaconf import DictConfig, OmegaConf
 
-from verl_avar.training.compose import ConfigError, arguments, compose
-from verl_avar.training.environment import prepare, single_process_group
+from verl_avar.training import command
+from verl_avar.training.compose import ConfigError
+from verl_avar.training.environment import single_process_group
 from verl_avar.training.metrics import log_to_unless_told
+from verl_avar.training.stopping import on_sigterm
 
 
 def run(config: DictConfig) -> None:
-    """Trains. Raises ConfigError for a mistake in the settings or the data."""
+    """Trains. Raises ConfigError for a mistake in the settings or the data, Stopped after SIGTERM."""
     from verl_avar.training.checks import check_files, check_model, check_objective, check_roles
     from verl_avar.training.schema import check_sft
     from verl_avar.training.whole_checkpoints import before_resuming
@@ -45,7 +47,7 @@ def run_here(config: DictConfig) -> None:
 
     initialize_global_process_group()
     try:
-        AvarSFTTrainer(config=config).fit()
+        fit(AvarSFTTrainer(config=config))
     finally:
         destroy_global_process_group()
 
@@ -61,21 +63,24 @@ def run_on_ray(config: DictConfig) -> None:
 
     ray.init(**OmegaConf.to_container(config.ray_kwargs.ray_init, resolve=True))
     try:
-        AvarRaySFTTrainer(config=config).fit()
+        fit(AvarRaySFTTrainer(config=config))
     finally:
         ray.shutdown()
 
 
+def fit(trainer) -> None:
+    """Trains, and ends on SIGTERM with a checkpoint."""
+
+    def ask() -> None:
+        trainer.stop_requested = True
+
+    on_sigterm(ask)
+    trainer.fit()
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Command line. 2 for a mistake in the settings, told in one line."""
-    try:
-        config = compose(*arguments("verl_avar.training.sft", "sft", argv))
-        prepare(cpu=config.trainer.device == "cpu")
-        run(config)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Command line; see `command.py`."""
+    return command.main("sft", run, argv)
 
 
 if __name__ == "__main__":

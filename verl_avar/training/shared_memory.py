@@ -1,7 +1,7 @@
 """Segments that verl leaves in shared memory.
 
-A weight sync without CUDA IPC goes through multiprocessing's shared memory (`psm_*` in /dev/shm), which the processes
-that verl ends by force never unlink.
+A weight sync without CUDA IPC goes through multiprocessing's shared memory (in /dev/shm), which the processes that verl
+ends by force, and syncs that fail, never unlink.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from contextlib import suppress
 from pathlib import Path
 
 SHARED_MEMORY = Path("/dev/shm")
+NAMES = ("psm_*", "verl_weights_*")
 
 
 def remove_segments(since: float) -> None:
     """Removes this user's segments made after a time (seconds since the epoch) that no process maps. Linux only."""
     mine = []
-    for segment in SHARED_MEMORY.glob("psm_*"):
+    for segment in [path for name in NAMES for path in SHARED_MEMORY.glob(name)]:
         with suppress(FileNotFoundError):  # its owner may unlink it meanwhile
             facts = segment.stat()
             if facts.st_uid == os.getuid() and facts.st_mtime >= since:

@@ -1,7 +1,7 @@
 """Ends a run that no longer makes progress.
 
-In verl a failed weight load leaves the trainer waiting for an answer that never comes, inside `ray.get`, where the main
-thread hears no signal; so a thread watches, and ends the process with everything it started.
+A trainer can wait, inside `ray.get`, for an answer that never comes; so a thread watches, and ends the process with
+everything it started.
 """
 
 from __future__ import annotations
@@ -24,22 +24,30 @@ STALLED = 3  # exit status
 
 @contextmanager
 def watch(
-    places: Sequence[Path | str], stall_s: float, every_s: float = 5.0, end: Callable[[str], None] | None = None
+    places: Sequence[Path | str],
+    stall_s: float,
+    checks: Sequence[Callable[[], str | None]] = (),
+    every_s: float = 5.0,
+    end: Callable[[str], None] | None = None,
 ) -> Iterator[None]:
-    """Calls `end(message)`, by default `end_process`, when nothing in `places` was written for `stall_s` seconds.
+    """Calls `end(message)`, by default `end_process`, when nothing in `places` was written for `stall_s` seconds, or
+    one of the checks returned what is wrong.
 
-    places: files, and folders with all that is in them.
+    places: files, and folders with all that is in them. checks: called every `every_s` seconds.
     """
     started, done = time.time(), threading.Event()
 
+    def stalled() -> str | None:
+        if time.time() - max(started, last_write(places)) <= stall_s:
+            return None
+        return f"no step and no checkpoint for {stall_s:.0f} s (avar.stall_s); what it waited for is in the lines above"
+
     def look() -> None:
         while not done.wait(every_s):
-            if time.time() - max(started, last_write(places)) > stall_s:
-                (end or end_process)(
-                    f"no step and no checkpoint for {stall_s:.0f} s; what it waited for is in the lines above. Run the "
-                    "same command again to resume from the newest checkpoint, or raise avar.stall_s"
-                )
-                return
+            for check in (*checks, stalled):
+                if message := check():
+                    (end or end_process)(f"{message}. The same command resumes from the newest checkpoint")
+                    return
 
     thread = threading.Thread(target=look, name="watchdog", daemon=True)
     thread.start()
