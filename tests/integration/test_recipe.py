@@ -9,9 +9,13 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import ROOT
+from huggingface_hub import ModelCard
 from trainer_process import METRICS
+from trainers import FOLDERS
 
+from verl_avar.training.checkpoint import latest_model
 from verl_avar.training.metrics import read_steps
+from verl_avar.training.whole_checkpoints import fault
 
 SMALL = [
     "data.sft_rows=96",
@@ -86,6 +90,19 @@ def test_the_report_is_one_page_with_pictures(out):
     page = (out / "report" / "index.html").read_text()
     assert "data:image/png;base64" in page and "http://" not in page.replace("http://www.w3.org", "")
     assert len(list((out / "report").rglob("*.png"))) >= 3
+
+
+def test_every_trained_checkpoint_has_a_card_with_its_figures_and_is_whole(out):
+    results = json.loads((out / "report" / "results.json").read_text())
+    assert (out / "second.txt").read_text().count("huggingface/README.md") == 3
+    for name, folder in FOLDERS.items():
+        model = latest_model(out / folder / "checkpoints")
+        card = ModelCard.load(model / "README.md")
+        figures = {stage["name"]: stage["mass"]["visual"] for stage in results["stages"]}
+        cells = f"{100 * figures['base']:.1f} | {100 * figures[name]:.1f}"
+        assert f"| attention of the response to the image, % | {cells} |" in card.text
+        assert "not recorded" not in card.text and "not known" not in card.text and str(out) not in str(card)
+        assert fault(next(path for path in model.parents if path.name.startswith("global_step"))) is None
 
 
 def test_a_finished_run_is_skipped_at_once(out):
