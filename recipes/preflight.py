@@ -157,13 +157,13 @@ COLUMNS = {"sft": "messages", "rl": "prompt", "eval": "prompt"}
 
 
 def check_data(recipe: DictConfig, kind: str, column: str) -> None:
-    """The user's own parquet file: columns, images and roles."""
+    """The user's own parquet file: columns, roles, and images, which rows of the cold start may lack beside others."""
     from verl_avar.training.checks import check_files, check_roles
     from verl_avar.training.compose import ConfigError
 
     if recipe.data[kind] is not None:
         try:
-            check_files(recipe.data[kind], columns=[column, "images"])
+            check_files(recipe.data[kind], columns=[column, "images"], mixed=kind == "sft")
             check_roles(recipe.data[kind], column)
         except ConfigError as error:
             raise SettingsError(f"data.{kind}: {error}") from None
