@@ -73,10 +73,7 @@ def facts(recipe: DictConfig, out: Path, name: str) -> Facts:
         base=recipe.base if base_on_hub else "the miniature that ships with verl_avar" if miniature else local,
         stages=[stage(recipe, out, step) for step in lineage],
         rows=[rows(recipe, out, kind) for kind in kinds],
-        evaluation=(
-            f"Greedy answers of up to {recipe.evaluation.max_new_tokens:,} tokens in "
-            f"{'the checkpoint’s own number format' if recipe.gpus_per_node else 'float32'}."
-        ),
+        evaluation=f"Greedy answers of up to {recipe.evaluation.max_new_tokens:,} tokens.",
         base_on_hub=base_on_hub,
         base_license={} if miniature else base_license(recipe.base),
     )
@@ -151,20 +148,18 @@ def stage(recipe: DictConfig, out: Path, name: str) -> Stage:
 
 
 def _sft(config: DictConfig) -> dict[str, str]:
-    model = config.model
     return {
         **_agto(config.engine.get("avar")),
         "batch": f"{config.data.train_batch_size} conversations of up to {config.data.max_length:,} tokens",
         "learning rate": _rate(config.optim),
         "seed": str(config.trainer.seed),
         "engine": str(config.engine.strategy),
-        **({"LoRA rank": str(model.lora_rank)} if model.get("lora_rank") else {}),
+        **_lora(config.model),
     }
 
 
 def _rl(config: DictConfig, recipe: DictConfig) -> dict[str, str]:
     actor, data, source = config.actor_rollout_ref.actor, config.data, config.avar.vars
-    model = config.actor_rollout_ref.model
     reward = config.reward.custom_reward_function.reward_kwargs
     block = actor["megatron" if actor.strategy == "megatron" else "fsdp_config"].get("avar")
     return {
@@ -179,7 +174,7 @@ def _rl(config: DictConfig, recipe: DictConfig) -> dict[str, str]:
         "learning rate": _rate(actor.optim),
         "seed": str(data.seed),
         "engine": str(actor.strategy),
-        **({"LoRA rank": str(model.lora_rank)} if model.get("lora_rank") else {}),
+        **_lora(config.actor_rollout_ref.model),
     }
 
 
@@ -197,7 +192,14 @@ def _agto(block: DictConfig | None) -> dict[str, str]:
     return found
 
 
+def _lora(model: DictConfig) -> dict[str, str]:
+    """LoRA's rank, if any: `lora_rank` is FSDP's, `lora.rank` Megatron's."""
+    rank = model.get("lora_rank") or (model.get("lora") or {}).get("rank")
+    return {"LoRA rank": str(rank)} if rank else {}
+
+
 def _rate(optim: DictConfig) -> str:
     known = optim.get("lr_warmup_steps") or 0
     warmup = f"{known} steps" if known > 0 else f"{100 * optim.lr_warmup_steps_ratio:g} % of the steps"
-    return f"{optim.lr:g}, {optim.get('lr_scheduler_type')}, warm-up {warmup}"
+    schedule = optim.get("lr_scheduler_type") or optim.get("lr_decay_style")  # FSDP's name, Megatron's
+    return f"{optim.lr:g}, {schedule}, warm-up {warmup}"

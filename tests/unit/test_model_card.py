@@ -34,6 +34,7 @@ def measured(name, accuracy, **changes):
         "accuracy": {"all": accuracy, "geometry|3k": accuracy},
         "shuffled": {"all": 0.25, "geometry|3k": 0.25},
         "samples": 1200,
+        "dtype": "bfloat16",
         "vas": {"user": vas, "response": vas},
         "mass": {"visual": 0.125, "system": 0.0625},
         "seconds": 60.0,
@@ -114,7 +115,7 @@ def test_a_card_states_base_data_settings_and_figures(out):
         "| training time | 120 minutes |",
     ):
         assert line in agto.text, line
-    assert " Rows: 1,200." in agto.text
+    assert "Greedy answers of up to 2,048 tokens. Number format: bfloat16. Rows: 1,200." in agto.text
     assert re.search(r"\| versions \| verl_avar \S+, verl 0\.9\.1, .*torch \S+, transformers \S+ \|", agto.text)
     assert "coldstart_agto/checkpoints/global_step_1180/huggingface/README.md" in said
 
@@ -144,9 +145,9 @@ def test_what_was_not_measured_or_recorded_is_said_and_no_figure_stands_for_it(o
     assert "Ask with the system turn above" in text  # GRPO's and the evaluation's are known
     assert "| versions | not recorded |" in text and "| machines |" not in text
     assert cards["avar"].data.datasets is None
-    partly = {"stages": [measured("coldstart_agto", 0.625, vas={}, mass=None, samples=None)]}
+    partly = {"stages": [measured("coldstart_agto", 0.625, vas={}, mass=None, samples=None, dtype=None)]}
     text = written(load(PAPER, []), out, partly)[0]["coldstart_agto"].text
-    assert "| VAS of the response, head-averaged | – |" in text and "Rows:" not in text
+    assert "| VAS of the response, head-averaged | – |" in text and "Rows:" not in text and "Number format" not in text
     assert "What the base gives on these rows" in text and "How many rows were evaluated: not recorded" in text
 
 

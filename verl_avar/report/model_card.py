@@ -89,6 +89,7 @@ def card(facts: Facts, results: dict) -> ModelCard:
         measured=measured,
         turns=system_turns(facts.rows),
         samples=measured.get(facts.stage, {}).get("samples"),
+        dtype=measured.get(facts.stage, {}).get("dtype"),
     )
     text = re.sub(r"\n{3,}", "\n\n", text)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
