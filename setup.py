@@ -99,7 +99,13 @@ setup(
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["verl_avar", "verl_avar.*"]),
     package_data={
-        "verl_avar": ["miniature/data/**/*", "training/config/**/*.yaml", "report/*.html", "evaluation/published/*.csv"]
+        "verl_avar": [
+            "miniature/data/**/*",
+            "training/config/**/*.yaml",
+            "report/*.html",
+            "report/*.md",
+            "evaluation/published/*.csv",
+        ]
     },
     install_requires=CORE,
     extras_require=EXTRAS,

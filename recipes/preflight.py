@@ -7,7 +7,6 @@ import os
 import shutil
 from pathlib import Path
 
-import psutil
 from omegaconf import DictConfig
 from plan import Composed
 from settings import STAGES, SettingsError
@@ -74,12 +73,15 @@ def check_folder(recipe: DictConfig, out: Path) -> None:
         )
 
 
-def check_memory(recipe: DictConfig) -> None:
-    available = psutil.virtual_memory().available / GIB
+def check_memory(recipe: DictConfig, root: Path = Path("/")) -> None:
+    """Memory of this machine or container. root: of the file system, as `available_memory` has it."""
+    from verl_avar.doctor.environment import available_memory
+
+    available = available_memory(root) / GIB
     if available < recipe.needs.memory_gib:
         raise SettingsError(
             f"{available:.1f} GiB of memory are available, the run needs {recipe.needs.memory_gib:g}; "
-            "close other programs"
+            "close other programs, or give the container more"
         )
 
 
@@ -171,13 +173,13 @@ COLUMNS = {"sft": "messages", "rl": "prompt", "eval": "prompt"}
 
 
 def check_data(recipe: DictConfig, kind: str, column: str) -> None:
-    """The user's own parquet file: columns, images and roles."""
+    """The user's own parquet file: columns, roles, and images, which rows of the cold start may lack beside others."""
     from verl_avar.training.checks import check_files, check_roles
     from verl_avar.training.compose import ConfigError
 
     if recipe.data[kind] is not None:
         try:
-            check_files(recipe.data[kind], columns=[column, "images"])
+            check_files(recipe.data[kind], columns=[column, "images"], mixed=kind == "sft")
             check_roles(recipe.data[kind], column)
         except ConfigError as error:
             raise SettingsError(f"data.{kind}: {error}") from None

@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pyarrow.parquet as pq
 import torch
+from cards import COUNTS, ENVIRONMENT, environment, on_hub, write_cards
 from files import read_json, write_json
 from omegaconf import DictConfig
 from plan import total_steps
@@ -23,6 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 from verl_avar.training.checkpoint import latest_model, latest_step
 from verl_avar.training.compose import compose
 from verl_avar.training.metrics import read_steps
+from verl_avar.training.rows import named
 
 
 def data(recipe: DictConfig, out: Path, console: Console) -> None:
@@ -36,16 +38,22 @@ def data(recipe: DictConfig, out: Path, console: Console) -> None:
         "rl": (write_rl, lambda path: miniature.write_rl(path, settings.rl_rows, seed)),
         "eval": (write_rl, lambda path: miniature.write_eval(path, settings.eval_rows_per_task, seed)),
     }
+    written = {}
     for kind, (convert, write) in writers.items():
         if settings[kind] is not None:
             continue
         path = data_file(recipe, out, kind)
         if sources := list(settings[f"{kind}_sources"]):
             counts = convert(path, sources, settings.system, settings.max_pixels)
+            written[kind] = {"counts": counts, "hub": [source for source in sources if on_hub(named(source)[0])]}
             console.print(f"data: {path}: {describe(counts)}", highlight=False, markup=False, soft_wrap=True)
         else:
             write(path)
-            console.print(f"data: {path} ({pq.read_metadata(path).num_rows} rows)", highlight=False)
+            rows = pq.read_metadata(path).num_rows
+            written[kind] = {"counts": {"rows": rows}, "hub": []}
+            console.print(f"data: {path} ({rows} rows)", highlight=False)
+    if written:
+        write_json(out / "data" / COUNTS, written)
 
 
 def coldstart(recipe: DictConfig, out: Path, console: Console) -> None:
@@ -81,6 +89,7 @@ def _train(recipe: DictConfig, out: Path, stage: str, describe, console: Console
     steps = total_steps(recipe, out, stage, compose(training.config, training.overrides))
     if latest_step(folder / "checkpoints") >= steps:  # ended between its last checkpoint and being marked done
         return
+    write_json(folder / ENVIRONMENT, environment(recipe))
     run_trainer(
         training.command(sys.executable), folder.absolute(), total_steps=steps, describe=describe, console=console
     )
@@ -137,7 +146,7 @@ def precision(recipe: DictConfig) -> dict:
 
 
 def report(recipe: DictConfig, out: Path, console: Console) -> None:
-    """results.json, figures and the page, from what the other stages left."""
+    """results.json, figures, the page and the checkpoints' model cards, from what the other stages left."""
     from verl_avar.evaluation.checkpoint import load_checkpoint
     from verl_avar.evaluation.heatmap import heatmap_sample
     from verl_avar.report import print_table, render
@@ -158,6 +167,7 @@ def report(recipe: DictConfig, out: Path, console: Console) -> None:
     page = render(results, out, samples)
     print_table(results, console)
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    write_cards(recipe, out, results, console)
 
 
 def collect(recipe: DictConfig, out: Path) -> dict:

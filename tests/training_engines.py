@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 MODEL_SETTINGS = ("use_remove_padding", "enable_gradient_checkpointing", "lora_rank")
 
@@ -86,7 +87,16 @@ def transformers_kept():
 
 
 def new_engine(
-    folder, packed=False, checkpointing=False, lora_rank=0, bf16=False, sequence_parallel=1, reference=False, **avar
+    folder,
+    packed=False,
+    checkpointing=False,
+    lora_rank=0,
+    bf16=False,
+    sequence_parallel=1,
+    strategy="fsdp2",
+    attention="sdpa",
+    reference=False,
+    **avar,
 ):
     """A real engine of the checkpoint in `folder`, with settings of the block `avar`.
 
@@ -101,6 +111,8 @@ def new_engine(
     config = compose("sft_cpu", [f"model.path={folder}"])
     for name, value in zip(MODEL_SETTINGS, (packed, checkpointing, lora_rank), strict=True):
         config.model[name] = value
+    config.model.override_config.attn_implementation = attention
+    config.engine.strategy = strategy
     config.engine.ulysses_sequence_parallel_size = sequence_parallel
     if reference:
         with open_dict(config.engine):
@@ -114,7 +126,7 @@ def new_engine(
     parts = {n: omega_conf_to_dataclass(config[n]) for n in ("model", "engine", "optim", "checkpoint")}
     engine = EngineRegistry.new(
         model_type="language_model",
-        backend="fsdp2",
+        backend=strategy,
         model_config=parts["model"],
         engine_config=parts["engine"],
         optimizer_config=parts["optim"],
@@ -157,6 +169,11 @@ def batch(engine, rows, micro_batch_size=None, samples=None, max_tokens=None):
     )
 
 
+def whole(tensor):
+    """All shards of FSDP2's tensors; FSDP1's are plain ones."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def train_step(engine, rows, micro_batch_size=None, samples=None, max_tokens=None):
     """Loss, metrics and gradients of one mini-batch; no weight changes."""
     from verl.workers.utils.losses import sft_loss
@@ -164,7 +181,7 @@ def train_step(engine, rows, micro_batch_size=None, samples=None, max_tokens=Non
     data = batch(engine, rows, micro_batch_size, samples, max_tokens)
     with engine.train_mode():
         output = engine.forward_backward_batch(data, partial(sft_loss, config=None))
-        gradients = {n: p.grad.full_tensor().clone() for n, p in engine.module.named_parameters() if p.grad is not None}
+        gradients = {n: whole(p.grad).clone() for n, p in engine.module.named_parameters() if p.grad is not None}
     metrics = {name: value[0] for name, value in output["metrics"].items()}
     return sum(output["loss"]), metrics, gradients
 

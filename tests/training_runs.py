@@ -11,6 +11,9 @@ import psutil
 
 from verl_avar.training.metrics import read_steps
 from verl_avar.training.processes import descendants, end_processes
+from verl_avar.training.shared_memory import remove_segments
+
+SLOW_AGENTS = ("ray::RuntimeEnvAgent", "ray::DashboardAgent")
 
 
 class Run:
@@ -20,6 +23,7 @@ class Run:
     """
 
     def __init__(self, folder: Path, settings: dict, name: str):
+        self.started = time.time()
         self.log, self.metrics = folder / f"{name}.log", folder / f"{name}.jsonl"
         settings = settings | {"avar.metrics_file": self.metrics}
         command = [sys.executable, "-m", "verl_avar.training.rl", "--config-name", "rl_cpu"]
@@ -38,6 +42,7 @@ class Run:
     def __exit__(self, *_):
         self.look()
         end_processes({self.process, *self.family})
+        remove_segments(self.started)
 
     def look(self) -> None:
         self.family |= descendants(self.process)
@@ -79,13 +84,17 @@ class Run:
             process.kill()
 
     def alive(self) -> list[str]:
-        """What is left of the run some seconds after its end."""
-        _, left = psutil.wait_procs(self.family, timeout=30)
-        return [_title(process) for process in left if _title(process)]
+        """What is left of the run some seconds after its end, but for agents of Ray that take a minute to notice."""
+        for _ in range(100):
+            left = [title for process in self.family if (title := _title(process)) and title not in SLOW_AGENTS]
+            if not left:
+                break
+            time.sleep(0.2)
+        return left
 
 
 def _title(process: psutil.Process) -> str:
     with suppress(psutil.NoSuchProcess):
         if process.status() != psutil.STATUS_ZOMBIE:
-            return " ".join(process.cmdline())
+            return " ".join(process.cmdline()).strip()
     return ""

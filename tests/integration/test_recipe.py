@@ -4,14 +4,20 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 from conftest import ROOT
+from huggingface_hub import ModelCard
 from trainer_process import METRICS
+from trainers import FOLDERS
 
+from verl_avar.training.checkpoint import latest_model
+from verl_avar.training.checkpoint import latest_step
 from verl_avar.training.metrics import read_steps
+from verl_avar.training.whole_checkpoints import fault
 
 SMALL = [
     "data.sft_rows=96",
@@ -46,6 +52,9 @@ def out(tmp_path_factory) -> Path:
             trainer = json.loads((out / "rl" / "process.json").read_text())
         finally:
             first.kill()
+    with suppress(psutil.NoSuchProcess):  # it gets SIGTERM when its parent is gone, and saves
+        psutil.Process(trainer["pid"]).wait(60)
+    (out / "saved.txt").write_text(str(latest_step(out / "rl" / "checkpoints")))
     second = subprocess.run(command(out), capture_output=True, text=True, timeout=500)
     assert second.returncode == 0, second.stdout + second.stderr
     assert not psutil.pid_exists(trainer["pid"])
@@ -54,7 +63,7 @@ def out(tmp_path_factory) -> Path:
 
 
 @pytest.mark.timeout(900)
-def test_a_killed_run_goes_on_from_its_last_checkpoint(out):
+def test_the_trainer_of_a_killed_run_saves_and_the_next_run_goes_on_from_there(out):
     shown = (out / "second.txt").read_text()
     assert "coldstart: done before" in shown and "coldstart_agto: done before" in shown
     first, second = (
@@ -62,7 +71,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(out):
         for name in ("metrics.0.jsonl", METRICS)
     )
     assert max(first) >= 3 and max(second) == 6
-    assert min(step for step in second if step > 0) == 2 * (max(first) // 2) + 1 or min(second) >= 3
+    assert int((out / "saved.txt").read_text()) == max(first) == min(step for step in second if step > 0) - 1
 
 
 def test_results_have_every_stage_and_the_parts_of_every_reward(out):
@@ -86,6 +95,19 @@ def test_the_report_is_one_page_with_pictures(out):
     page = (out / "report" / "index.html").read_text()
     assert "data:image/png;base64" in page and "http://" not in page.replace("http://www.w3.org", "")
     assert len(list((out / "report").rglob("*.png"))) >= 3
+
+
+def test_every_trained_checkpoint_has_a_card_with_its_figures_and_is_whole(out):
+    results = json.loads((out / "report" / "results.json").read_text())
+    assert (out / "second.txt").read_text().count("huggingface/README.md") == 3
+    for name, folder in FOLDERS.items():
+        model = latest_model(out / folder / "checkpoints")
+        card = ModelCard.load(model / "README.md")
+        figures = {stage["name"]: stage["mass"]["visual"] for stage in results["stages"]}
+        cells = f"{100 * figures['base']:.1f} | {100 * figures[name]:.1f}"
+        assert f"| attention of the response to the image, % | {cells} |" in card.text
+        assert "not recorded" not in card.text and "not known" not in card.text and str(out) not in str(card)
+        assert fault(next(path for path in model.parents if path.name.startswith("global_step"))) is None
 
 
 def test_a_finished_run_is_skipped_at_once(out):

@@ -278,6 +278,7 @@ def pods(kubernetes) -> dict[str, dict]:
 def test_rayjob_submits_the_recipe_for_the_nodes_it_has(kubernetes):
     job = kubernetes["RayJob"]["spec"]
     assert job["entrypoint"] == RECIPE
+    assert (ROOT / re.search(r"bash (recipes/\S+\.sh)", job["entrypoint"])[1]).is_file()
     assert f"nodes={1 + sum(group['replicas'] for group in job['rayClusterSpec']['workerGroupSpecs'])}" in RECIPE
     assert f"bash -c '{RECIPE}'" in (DOCKER / "compose.yaml").read_text()
 

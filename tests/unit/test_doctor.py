@@ -5,10 +5,13 @@ import sys
 import time
 from importlib import metadata
 
+import preflight
 import psutil
 import pytest
+from conftest import ROOT
 from packaging.requirements import Requirement
 from rich.console import Console
+from settings import SettingsError, load
 
 from verl_avar import doctor
 from verl_avar.doctor import environment, processes
@@ -69,10 +72,63 @@ def test_entry_points_are_registered_and_a_lost_one_is_found(monkeypatch):
     assert [finding.ok for finding in environment.entry_points()] == [False, False]
 
 
+def machine(root, available, cgroup="", **limits):
+    """The kernel's files of a machine with so many GiB available.
+
+    cgroup: this process's line in /proc; limits: (limit, used, of it cached files) in GiB, by the folder that has them.
+    """
+    (root / "proc" / "self").mkdir(parents=True)
+    (root / "proc" / "meminfo").write_text(f"MemTotal:  24000000 kB\nMemAvailable:  {available * 2**20} kB\n")
+    (root / "proc" / "self" / "cgroup").write_text(f"5:devices:/\n{cgroup}\n" if cgroup else "")
+    v2 = ("memory.max", "memory.current", "inactive_file")
+    v1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    limit, current, cached = v2 if cgroup.startswith("0:") else v1
+    for folder, (most, used, files) in limits.items():
+        group = root / "sys" / "fs" / "cgroup" / folder
+        group.mkdir(parents=True, exist_ok=True)
+        (group / limit).write_text("max\n" if most is None else f"{most * environment.GIB}\n")
+        (group / current).write_text(f"{used * environment.GIB}\n")
+        (group / "memory.stat").write_text(f"anon 5\n{cached} {files * environment.GIB}\n")
+    return root
+
+
+V2, V1 = "0::/job/task", "4:memory:/docker/a1"
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "limits", "left"),
+    [
+        ("", {}, 20),
+        (V2, {}, 20),
+        (V2, {"job/task": (None, 9, 0)}, 20),
+        (V2, {"job/task": (8, 5, 2)}, 5),
+        (V2, {"job/task": (8, 1, 0), "job": (6, 2, 0)}, 4),  # a group above is tighter
+        ("0::/", {"": (8, 2, 0)}, 6),  # a container that sees its own group as the root
+        (V2, {"other": (1, 0, 0)}, 20),
+        (V1, {"memory/docker/a1": (8, 5, 1)}, 4),
+        (V1, {"memory": (8, 5, 0)}, 3),  # a container's tree mounted without the path on the host
+        (V1, {"memory": (2**33, 5, 0)}, 20),  # v1's way to say: no limit
+    ],
+)
+def test_memory_is_what_machine_and_container_leave(tmp_path, cgroup, limits, left):
+    root = machine(tmp_path, 20, cgroup, **limits)
+    assert environment.available_memory(root) == left * environment.GIB
+
+
+def test_a_container_without_the_memory_of_a_run_is_refused_before_it_starts(tmp_path):
+    recipe = load(ROOT / "recipes" / "avar_tiny_cpu.yaml", ["needs.memory_gib=10"])
+    preflight.check_memory(recipe, machine(tmp_path / "machine", 20))
+    container = machine(tmp_path / "container", 20, V2, **{"job/task": (12, 4, 1)})
+    with pytest.raises(SettingsError, match=r"9\.0 GiB of memory are available, the run needs 10"):
+        preflight.check_memory(recipe, container)
+
+
+def test_memory_of_this_machine_is_no_more_than_it_has():
+    assert 0 < environment.available_memory() <= psutil.virtual_memory().total
+
+
 def test_too_little_room_is_found(monkeypatch, tmp_path):
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal:  24000000 kB\nMemAvailable:  3145728 kB\n")
-    finding = environment.memory(meminfo)
+    finding = environment.memory(machine(tmp_path, available=3))
     assert not finding.ok and "3.0 GiB available" in finding.detail
     full = type("Usage", (), {"free": environment.GIB // 10})
     monkeypatch.setattr(environment.shutil, "disk_usage", lambda folder: full)

@@ -116,7 +116,7 @@ def test_an_evaluation_has_every_figure(folder, rows):
     assert len(results["responses"]) == len(rows)
     for scope in ("user", "response"):
         assert set(results["vas"][scope]) == {"paper", "head_mean", "median"}
-    assert 0 < results["mass"]["visual"] < 1
+    assert 0 < results["mass"]["visual"] < 1 and results["dtype"] == "float32"
 
 
 def test_the_control_answers_the_same_questions_with_the_shuffled_images(folder, rows, monkeypatch):

@@ -247,7 +247,11 @@ def test_the_data_stage_converts_the_recipes_sources(tmp_path):
         ],
     )
     data_stage(recipe, tmp_path / "run", Console(file=io.StringIO()))
-    assert sorted(path.name for path in (tmp_path / "run" / "data").iterdir()) == ["rl.parquet", "sft.parquet"]
+    assert sorted(path.name for path in (tmp_path / "run" / "data").iterdir()) == [
+        "counts.json",
+        "rl.parquet",
+        "sft.parquet",
+    ]
     (made,) = pq.read_table(tmp_path / "run" / "data" / "rl.parquet").to_pylist()
     assert made["prompt"][0]["content"] == "Look."
     with Image.open(io.BytesIO(made["images"][0]["bytes"])) as image:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -79,19 +80,39 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, arguments, message):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.fixture
+def own_rows(tmp_path):
+    """Writes rows of a kind, `changes` made to one each, as the user's own file; returns the override."""
+
+    def write(kind, *changes):
+        column = preflight.COLUMNS[kind]
+        row = {column: [{"role": "user", "content": "<image>Hello"}], "images": [{"bytes": b"x"}]}
+        pd.DataFrame([row | change for change in changes]).to_parquet(tmp_path / "mine.parquet")
+        return f"data.{kind}={tmp_path / 'mine.parquet'}"
+
+    return write
+
+
+BARE = {"images": []}
+
+
 @pytest.mark.parametrize(
-    "change,message",
+    "kind,changes,message",
     [
-        ({"images": []}, "have no image"),
-        ({"messages": [{"role": "robot", "content": "<image>Hello"}]}, "robot"),
+        ("rl", [{}, BARE], "data.rl: .* 1 of 2 rows have no image"),
+        ("eval", [{}, BARE], "data.eval: .* 1 of 2 rows have no image"),
+        ("sft", [BARE, BARE], "data.sft: none of 2 rows has an image"),
+        ("sft", [{}, {"messages": [{"role": "robot", "content": "<image>Hello"}]}], "robot"),
     ],
 )
-def test_bad_rows_of_the_users_own_data_are_one_line(tmp_path, change, message):
-    row = {"messages": [{"role": "user", "content": "<image>Hello"}], "images": [{"bytes": b"x"}]}
-    pd.DataFrame([row, row | change]).to_parquet(tmp_path / "mine.parquet")
-    result = run_recipe("--out", tmp_path / "run", f"data.sft={tmp_path / 'mine.parquet'}")
-    assert result.returncode == run.EXIT_BAD_INPUT and message in result.stderr
+def test_bad_rows_of_the_users_own_data_are_one_line(tmp_path, own_rows, kind, changes, message):
+    result = run_recipe("--out", tmp_path / "run", own_rows(kind, *changes))
+    assert result.returncode == run.EXIT_BAD_INPUT and re.search(message, result.stderr)
     assert len(result.stderr.strip().splitlines()) == 1 and not (tmp_path / "run").exists()
+
+
+def test_rows_of_the_cold_start_may_lack_an_image_beside_others(own_rows):
+    preflight.check_data(load(TINY, [own_rows("sft", {}, BARE)]), "sft", "messages")
 
 
 def test_a_port_in_use_is_one_line(tmp_path):

@@ -110,15 +110,47 @@ def disk(folder: Path | None = None) -> Finding:
     return Finding("disk", free >= DISK_GIB, f"{free:.1f} GiB free in {folder}, {DISK_GIB} needed", fix)
 
 
-def memory(meminfo: Path = Path("/proc/meminfo")) -> Finding:
-    """Memory that processes can still take, within the limit of the container (cgroup v2) if it has one."""
-    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and (most := limit.read_text().strip()) != "max":
-        free = min(free, int(most) - int(used.read_text()))
+def memory(root: Path = Path("/")) -> Finding:
+    """Memory that processes can still take, within the limit of the container if it has one."""
+    free = available_memory(root)
     fix = "close other programs, or give the container more memory"
     return Finding("memory", free >= MEMORY_GIB * GIB, f"{free / GIB:.1f} GiB available, {MEMORY_GIB} needed", fix)
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes of memory that processes can still take: the machine's, or less under the limit of a cgroup, v2 or v1.
+
+    root: of the file system, with the kernel's proc and sys/fs/cgroup.
+    """
+    meminfo = (root / "proc/meminfo").read_text()
+    fields = dict(line.split(":", 1) for line in meminfo.splitlines())
+    return min([int(fields["MemAvailable"].split()[0]) * 1024, *_left_in_cgroups(root)])
+
+
+def _left_in_cgroups(root: Path) -> Iterator[int]:
+    """Bytes left under each limit of this process's cgroup and those above it.
+
+    Inside a container the mounted tree may begin at the container's own cgroup, so that its path is not found there.
+    """
+    cgroups = root / "proc/self/cgroup"
+    for line in cgroups.read_text().splitlines() if cgroups.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            tree, limit, used, reclaimable = "", "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            tree, limit, used = "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            reclaimable = "total_inactive_file"
+        else:
+            continue
+        top = root / "sys/fs/cgroup" / tree
+        own = top / path.strip("/")
+        for group in (own, *own.parents):
+            if (group / limit).is_file() and (most := (group / limit).read_text().strip()) != "max":
+                # Cached files count as used until something else needs their place.
+                stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                yield int(most) - int((group / used).read_text()) + int(stat[reclaimable])
+            if group == top:
+                break
 
 
 def shared_memory(folder: Path = Path("/dev/shm")) -> Finding:

@@ -38,7 +38,7 @@ def evaluate(
     dtype: a torch dtype, or "auto" for the checkpoint's own.
 
     Returns {"accuracy", "shuffled": {"all", task: …}, "vas": {"user", "response"}, "mass": {"visual", "system"} over
-    response queries, "responses": list of texts, "seconds"}.
+    response queries, "responses": list of texts, "dtype", "seconds"}.
     """
     start = time.monotonic()
     checkpoint = load_checkpoint(path, dtype=dtype, device=device)
@@ -60,6 +60,7 @@ def evaluate(
         "vas": {scope: {k: s[k] for k in ("paper", "head_mean", "median")} for scope, s in summaries.items()},
         "mass": summaries["response"]["mass"],
         "responses": responses,
+        "dtype": str(checkpoint.model.dtype).removeprefix("torch."),
         "seconds": time.monotonic() - start,
     }
 

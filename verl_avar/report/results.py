@@ -9,6 +9,7 @@ Figures that were not measured are left out, or None:
             samples   how many samples "all" is over (optional, for standard errors)
             vas       {"user" | "response": {"paper", "head_mean", "median"}}  (AVAR §VAS)
             mass      {"visual": 0..1, "system": 0..1}  means over layers, heads and response queries
+            dtype     number format of the model that gave the figures (optional)
             seconds   wall clock of the stage
     rl      list, a GRPO step each, of step, reward, acc, format, visual, and (optional) visual_ratio, visual_mass,
             system_mass: means over the step's rollouts, named as reward_fns/avar.py names them

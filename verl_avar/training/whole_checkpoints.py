@@ -19,6 +19,7 @@ from verl.utils.checkpoint.checkpoint_manager import get_checkpoint_tracker_file
 from verl_avar.training.checkpoint import latest_step
 
 MANIFEST = "avar_files.json"
+CARD = "README.md"  # written, and written again, after a checkpoint is whole (report/model_card.py); no run reads it
 
 
 class SealCheckpoints(CheckpointCallback):
@@ -30,11 +31,11 @@ class SealCheckpoints(CheckpointCallback):
 
 
 def seal(checkpoint: Path) -> None:
-    """Lists the files of a finished checkpoint, with their sizes in bytes, in its MANIFEST."""
+    """Lists the files of a finished checkpoint but for model cards, with their sizes in bytes, in its MANIFEST."""
     sizes = {
         str(path.relative_to(checkpoint)): path.stat().st_size
         for path in sorted(checkpoint.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and path.name not in (MANIFEST, CARD)
     }
     temporary = checkpoint / f"{MANIFEST}.tmp"
     temporary.write_text(json.dumps(sizes, indent=1))
