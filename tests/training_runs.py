@@ -9,6 +9,8 @@ from pathlib import Path
 
 import psutil
 
+from verl_avar.compat.verl_weight_socket import RUN
+from verl_avar.training.cluster import LOGGER_FILE
 from verl_avar.training.metrics import read_steps
 from verl_avar.training.processes import descendants, end_processes
 from verl_avar.training.shared_memory import remove_segments
@@ -27,7 +29,8 @@ class Run:
         self.log, self.metrics = folder / f"{name}.log", folder / f"{name}.jsonl"
         settings = settings | {"avar.metrics_file": self.metrics}
         command = [sys.executable, "-m", "verl_avar.training.rl", "--config-name", "rl_cpu"]
-        environment = {key: value for key, value in os.environ.items() if key != "VERL_FILE_LOGGER_PATH"}
+        # What names a run is not handed from one to the next
+        environment = {key: value for key, value in os.environ.items() if key not in (LOGGER_FILE, RUN)}
         with self.log.open("wb") as log:
             self.process = psutil.Popen(
                 command + [f"{key}={value}" for key, value in settings.items()],

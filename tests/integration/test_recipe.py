@@ -14,8 +14,7 @@ from huggingface_hub import ModelCard
 from trainer_process import METRICS
 from trainers import FOLDERS
 
-from verl_avar.training.checkpoint import latest_model
-from verl_avar.training.checkpoint import latest_step
+from verl_avar.training.checkpoint import latest_model, latest_step
 from verl_avar.training.metrics import read_steps
 from verl_avar.training.whole_checkpoints import fault
 

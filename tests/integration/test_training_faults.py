@@ -1,7 +1,8 @@
-"""RL runs whose processes die, whose disk is full, whose checkpoint is broken.
+"""RL runs whose processes die, whose disk is full, whose checkpoint is broken: two at a time, each resumed once.
 
-Each case harms the run that the one before it left, so that every start is a resumption too. What SIGTERM does is
-tested in test_recipe.py.
+Two runs on one machine also share what verl does not keep apart (compat/verl_weight_socket.py).
+
+What SIGTERM does is tested in test_recipe.py.
 """
 
 import os
@@ -34,7 +35,7 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def settings(folder: Path) -> dict:
+def settings(folder: Path, name: str) -> dict:
     return {
         "actor_rollout_ref.model.path": folder / "model",
         "data.train_files": folder / "rl.parquet",
@@ -42,57 +43,64 @@ def settings(folder: Path) -> dict:
         "data.max_response_length": 16,
         "actor_rollout_ref.actor.ppo_mini_batch_size": 4,
         "actor_rollout_ref.rollout.n": 4,
-        "trainer.default_local_dir": folder / "checkpoints",
+        "trainer.default_local_dir": folder / name,
         "trainer.total_training_steps": 200,
         "trainer.save_freq": 2,
+        "ray_kwargs.ray_init.address": "local",
     }
 
 
-def harmed(folder: Path, name: str, harm, resumes_from: int) -> Run:
-    """A run that was harmed after three steps, when its newest checkpoint is one or two steps old, and has ended."""
-    with Run(folder, settings(folder), name) as run:
-        run.until(lambda: len(run.steps()) >= 3)
-        assert run.steps()[0] == resumes_from + 1, "nothing is lost but the steps since the checkpoint"
-        harm(run)
-        run.status = run.until_end(TWO_MINUTES)
-        assert run.alive() == []
-    assert newest(folder) >= resumes_from + 2
-    return run
-
-
-def newest(folder: Path) -> int:
+def newest(checkpoints: Path) -> int:
     """Step of the newest checkpoint, which is whole."""
-    step = latest_step(folder / "checkpoints")
-    assert step == 0 or fault(folder / "checkpoints" / f"global_step_{step}") is None
+    step = latest_step(checkpoints)
+    assert step == 0 or fault(checkpoints / f"global_step_{step}") is None
     return step
 
 
-@pytest.mark.parametrize("victim", ["ray::vLLMHttpServer", "ray::WorkerDict"])
-def test_a_dead_process_ends_the_run_with_a_reason(folder, victim):
-    run = harmed(folder, victim.split(":")[-1], lambda run: run.kill(victim), newest(folder))
-    assert run.status in (1, 3)
-    reason = {"ray::vLLMHttpServer": "rollouts of", "ray::WorkerDict": "WorkerDict"}[victim]
-    assert run.last_line().startswith("error: ") and reason in run.last_line()
-    assert run.last_line().endswith("The same command resumes from the newest checkpoint")
+def harm(run: Run, act) -> int:
+    """After three steps, when the newest checkpoint is one or two of them old. Returns the exit status."""
+    run.until(lambda: len(run.steps()) >= 3)
+    act()
+    status = run.until_end(TWO_MINUTES)
+    assert run.alive() == []
+    return status
 
 
-def test_a_truncated_checkpoint_is_passed_over_and_a_killed_driver_leaves_nothing_running(folder):
-    broken = newest(folder)
-    weights = folder / "checkpoints" / f"global_step_{broken}" / "actor" / "model_world_size_1_rank_0.pt"
-    os.truncate(weights, weights.stat().st_size // 2)
-    run = harmed(folder, "driver", lambda run: run.process.kill(), broken - 2)
-    assert run.status == -signal.SIGKILL
-    assert f"resumes from step {broken - 2}" in run.said()
-    assert (folder / "checkpoints" / f"global_step_{broken}.broken").is_dir()
+def test_a_dead_process_ends_a_run_with_a_reason_and_leaves_a_whole_checkpoint(folder):
+    victims = {"server": ("ray::vLLMHttpServer", "rollouts of"), "worker": ("ray::WorkerDict", "WorkerDict")}
+    with (
+        Run(folder, settings(folder, "server"), "server-1") as server,
+        Run(folder, settings(folder, "worker"), "worker-1") as worker,
+    ):
+        for run, (victim, reason) in zip((server, worker), victims.values(), strict=True):
+            assert harm(run, lambda run=run, victim=victim: run.kill(victim)) in (1, 3)
+            assert run.last_line().startswith("error: ") and reason in run.last_line()
+            assert run.last_line().endswith("The same command resumes from the newest checkpoint")
+    assert newest(folder / "server") >= 2 and newest(folder / "worker") >= 2
 
 
-def test_a_full_disk_is_named_and_the_checkpoint_before_stays(folder):
-    before = newest(folder)
-    full = folder / "checkpoints" / f"global_step_{before + 2}" / "actor" / "model_world_size_1_rank_0.pt"
+def test_a_resumed_run_passes_over_what_is_broken_and_names_a_full_disk(folder):
+    """One resumes from the checkpoint before the truncated one, and its driver is killed; the other can't save."""
+    broken, before = newest(folder / "server"), newest(folder / "worker")
+    older = max([s for s in range(1, broken) if (folder / "server" / f"global_step_{s}").exists()], default=0)
+    os.truncate(weights(folder / "server", broken), weights(folder / "server", broken).stat().st_size // 2)
+    full = weights(folder / "worker", before + 2)
     full.parent.mkdir(parents=True)
     full.symlink_to("/dev/full")  # every write fails as on a full disk
-    with Run(folder, settings(folder), "full") as run:
-        assert run.until_end(240) == 1
-        assert run.alive() == []
-    assert f"the checkpoint of step {before + 2} could not be written to" in run.last_line()
-    assert newest(folder) == before
+    with (
+        Run(folder, settings(folder, "server"), "server-2") as killed,
+        Run(folder, settings(folder, "worker"), "worker-2") as unsaved,
+    ):
+        assert unsaved.until_end(240) == 1 and unsaved.alive() == []
+        assert harm(killed, killed.process.kill) == -signal.SIGKILL
+    assert unsaved.steps()[0] == before + 1
+    assert f"the checkpoint of step {before + 2} could not be written to" in unsaved.last_line()
+    assert newest(folder / "worker") == before
+    assert killed.steps()[0] == older + 1
+    assert (f"resumes from step {older}" if older else "the run begins again") in killed.said()
+    assert (folder / "server" / f"global_step_{broken}.broken").is_dir()
+    assert newest(folder / "server") >= older + 2
+
+
+def weights(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"global_step_{step}" / "actor" / "model_world_size_1_rank_0.pt"

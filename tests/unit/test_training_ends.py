@@ -195,3 +195,31 @@ def test_verl_chooses_the_client_that_does_not_hang(monkeypatch):
     from verl.workers.rollout.base import get_rollout_class
 
     assert get_rollout_class("vllm", "async").__name__ == "ImpatientServerAdapter"
+
+
+def test_both_ends_of_a_weight_sync_use_a_socket_of_this_run(monkeypatch):
+    monkeypatch.setenv("VERL_PLATFORM", "cpu")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("RAY_LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setenv("VERL_RAY_JOB_ID", "01000000")
+    monkeypatch.setenv("VERL_REPLICA_RANK", "0")
+    from verl.workers.rollout.vllm_rollout import utils, vllm_rollout
+
+    from verl_avar.training.weight_sync import ImpatientServerAdapter
+
+    context = SimpleNamespace(get_job_id=lambda: "01000000")
+    monkeypatch.setattr(vllm_rollout.ray, "get_runtime_context", lambda: context)
+    parallel = SimpleNamespace(tensor_model_parallel_size=1, data_parallel_size=1, pipeline_model_parallel_size=1)
+    config = SimpleNamespace(**vars(parallel), disaggregation=None, layered_summon=False)
+    monkeypatch.setattr(vllm_rollout.BaseRollout, "__init__", lambda self, *args: setattr(self, "config", config))
+    worker = SimpleNamespace(model_runner=None, local_rank=0)
+
+    def sockets() -> list[str]:
+        extension = utils.vLLMColocateWorkerExtension
+        return [ImpatientServerAdapter(config, None, None).zmq_handle, extension._get_zmq_handle(worker)]
+
+    monkeypatch.delenv("VERL_AVAR_RUN", raising=False)
+    stock = sockets()
+    assert stock[0] == stock[1] == "ipc:///tmp/rl-colocate-zmq-01000000-replica-0-rank-0.sock"
+    monkeypatch.setenv("VERL_AVAR_RUN", "0123abcd")
+    assert sockets() == ["ipc:///tmp/rl-colocate-zmq-0123abcd-01000000-replica-0-rank-0.sock"] * 2

@@ -10,6 +10,7 @@ import os
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from verl_avar.compat.verl_weight_socket import RUN
 from verl_avar.training.environment import ANY_MACHINE, CPU_MACHINE
 
 # Arguments of ray.init that describe a cluster of one's own.
@@ -27,7 +28,7 @@ def prepare_ray(config: DictConfig) -> None:
     init = config.ray_kwargs.ray_init
     if not is_attached(init.get("address")):
         return
-    names = [*ANY_MACHINE, LOGGER_FILE, *(CPU_MACHINE if config.trainer.device == "cpu" else ())]
+    names = [*ANY_MACHINE, RUN, LOGGER_FILE, *(CPU_MACHINE if config.trainer.device == "cpu" else ())]
     ours = {name: os.environ[name] for name in names if name in os.environ}
     with open_dict(config):
         for name in OWN_CLUSTER:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
+
+from verl_avar.compat.verl_weight_socket import RUN
 
 ANY_MACHINE = {
     "VERL_ENGINE_VENDOR": "avar",  # selects our engine, see training/engine.py
@@ -27,6 +30,7 @@ CPU_MACHINE = {
 
 def prepare(cpu: bool) -> None:
     """Sets what is not set already. What the user exported wins, except that a CPU run is a CPU run."""
+    os.environ.setdefault(RUN, secrets.token_hex(4))
     for name, value in (ANY_MACHINE | CPU_MACHINE if cpu else ANY_MACHINE).items():
         os.environ.setdefault(name, value)
     if cpu:

@@ -27,7 +27,7 @@ class Status:
 
 STATUS = Status()
 
-PATCHES = ("torchvision_ops", "verl_mrope_position_ids", "verl_text_only_batch", "verl_vllm_cpu")
+PATCHES = ("torchvision_ops", "verl_mrope_position_ids", "verl_text_only_batch", "verl_vllm_cpu", "verl_weight_socket")
 CPU_PATCHES = ("verl_gloo", "verl_offload_pinning")
 
 

@@ -11,6 +11,7 @@ import asyncio
 import zmq
 from verl.workers.rollout.vllm_rollout import ServerAdapter
 
+from verl_avar.compat.verl_weight_socket import of_this_run
 from verl_avar.training.command import one_line
 
 BUCKET_S = 80.0  # for one bucket of some hundred MiB, which takes below a second
@@ -21,6 +22,10 @@ class ImpatientServerAdapter(ServerAdapter):
     """verl's client of a vLLM server inside the actor's worker."""
 
     bucket_s, cause_s = BUCKET_S, CAUSE_S
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.zmq_handle = of_this_run(self.zmq_handle)
 
     async def _execute_method(self, method, non_block=False, **kwargs):
         answer = await super()._execute_method(method, non_block=non_block, **kwargs)
