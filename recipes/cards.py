@@ -19,6 +19,7 @@ from trainers import FOLDERS, data_file, start, trainer
 from verl_avar.doctor.environment import installed
 from verl_avar.report.model_card import CARD, Facts, Rows, Stage, write_card
 from verl_avar.training.checkpoint import latest_model, latest_step
+from verl_avar.training.checks import engine_of
 from verl_avar.training.compose import compose
 from verl_avar.training.config import AvarConfig
 from verl_avar.training.data import describe
@@ -161,7 +162,7 @@ def _sft(config: DictConfig) -> dict[str, str]:
 def _rl(config: DictConfig, recipe: DictConfig) -> dict[str, str]:
     actor, data, source = config.actor_rollout_ref.actor, config.data, config.avar.vars
     reward = config.reward.custom_reward_function.reward_kwargs
-    block = actor["megatron" if actor.strategy == "megatron" else "fsdp_config"].get("avar")
+    block = engine_of(config).block.get("avar")
     return {
         "reward": f"{Path(recipe.reward_fn).name}: " + ", ".join(f"{key} = {value}" for key, value in reward.items()),
         "VARS, visual term": f"source {source.source}, normalise {source.normalise}",
