@@ -153,19 +153,19 @@ def measure(folder: Path, kind: str, methods: list[str], layers: int, repeats: i
 
     single_process_group()
     initialize_global_process_group()
-    alone = len(methods) == 1
-    hand_back_freed_memory(alone)
+    of_memory = len(methods) == 1
+    hand_back_freed_memory(of_memory)
     engines = {method: build_engine(folder, kind, method, layers) for method in methods}
     found = {method: {"seconds": []} for method in methods}
     for method, engine in engines.items():
         run_once(engine, folder / "warm.parquet", kind)
-        if alone:
+        if of_memory:
             data = batch(engine, folder / "rows.parquet", kind)
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
             before = resident("VmRSS")
             run_once(engine, data, kind)
             found[method]["mb"] = resident("VmHWM") - before
-    for repeat in range(0 if alone else repeats + 1):
+    for repeat in range(0 if of_memory else repeats + 1):
         for method, engine in engines.items():
             data = batch(engine, folder / "rows.parquet", kind)
             found[method]["tokens"] = len(data["input_ids"].values())
@@ -200,6 +200,11 @@ def result(engine, output, kind: str, method: str) -> list[float]:
     return [] if method == "plain" else [float(output["model_output"]["visual_ratio"].values().sum())]
 
 
+def alone(methods: list[str]) -> list[list[str]]:
+    """The measurements of memory: a process of its own for each method."""
+    return [[method] for method in methods]
+
+
 def compare(options: argparse.Namespace, kind: str, length: int) -> dict[str, dict]:
     """Figures by method; `maps` is missing where two maps of each layer would pass the limit."""
     from avar_vas import build
@@ -215,7 +220,7 @@ def compare(options: argparse.Namespace, kind: str, length: int) -> dict[str, di
         methods = list(METHODS)
         if 8 * options.layers * (options.hidden // 64) * length**2 > options.limit_gb * 2**30:
             methods.remove("maps")
-        for group in (methods, *([method] for method in methods)):
+        for group in (methods, *alone(methods)):
             command = [sys.executable, __file__, "--one", kind, *group, "--folder", name]
             command += ["--layers", str(options.layers), "--repeats", str(options.repeats)]
             environment = os.environ | PASSIVE | {"OMP_NUM_THREADS": str(options.threads)}

@@ -23,6 +23,20 @@ def test_role_mass(capsys):
     assert rows[2].endswith("| 1 s / – | 2 s / – | 3 MB / – |") and rows[4].endswith("3 / 3 MB = 1.00× |")
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads memory from /proc")
+def test_a_training_step_is_the_same_with_masses_and_with_maps(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = SimpleNamespace(**runpy.run_path(str(BENCHMARKS / "training_step.py")))
+    options = SimpleNamespace(hidden=128, layers=4, repeats=1, threads=1, limit_gb=1)
+    monkeypatch.setitem(module.compare.__globals__, "METHODS", ("plain", "all", "maps"))
+    monkeypatch.setitem(module.compare.__globals__, "alone", lambda methods: [])
+    figures = module.compare(options, "step", 256)
+    assert figures["all"]["result"] == pytest.approx(figures["maps"]["result"], rel=1e-3)
+    assert figures["all"]["result"] != pytest.approx(figures["plain"]["result"], rel=1e-2)
+    rows = module.table([("step", {name: found | {"mb": 2.0} for name, found in figures.items()})]).splitlines()
+    assert len(rows) == 5 and rows[3].endswith("| 2 | 1.00× |") and rows[2].split(" | ")[4] == "1"
+
+
 @pytest.fixture(scope="module")
 def rounds():
     return SimpleNamespace(**runpy.run_path(str(BENCHMARKS / "paired_rounds.py")))
