@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
 from verl_avar.training.checkpoint import latest_model, latest_step
 from verl_avar.training.metrics import read_steps
+from verl_avar.training.whole_checkpoints import fault
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +29,9 @@ def inputs(tmp_path_factory):
     return folder
 
 
-def train(inputs, steps, out, *more, ranks=1):
+def command(inputs, steps, out, ranks=1):
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    command = [sys.executable, *torchrun, "-m", "verl_avar.training.sft", "--config-name", "sft_cpu"]
+    trainer = [sys.executable, *torchrun, "-m", "verl_avar.training.sft", "--config-name", "sft_cpu"]
     settings = {
         "model.path": inputs / "model",
         "data.train_files": inputs / "sft.parquet",
@@ -39,13 +41,19 @@ def train(inputs, steps, out, *more, ranks=1):
         "trainer.total_training_steps": steps,
         "trainer.save_freq": 2,
     }
-    environment = {name: value for name, value in os.environ.items() if name != "VERL_FILE_LOGGER_PATH"}
+    return [*trainer, *(f"{key}={value}" for key, value in settings.items())]
+
+
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "VERL_FILE_LOGGER_PATH"}
+
+
+def train(inputs, steps, out, *more, ranks=1):
     return subprocess.run(
-        [*command, *(f"{key}={value}" for key, value in settings.items()), *more],
+        [*command(inputs, steps, out, ranks), *more],
         capture_output=True,
         text=True,
         timeout=300,
-        env=environment,
+        env=ENVIRONMENT,
         cwd=inputs,
     )
 
@@ -110,3 +118,25 @@ def test_wrong_role_and_unknown_key_end_with_one_line(inputs, tmp_path):
     wrong = train(inputs, 1, tmp_path, f"data.train_files={inputs / 'wrong.parquet'}")
     assert wrong.returncode == 2 and "narrator" in wrong.stderr and len(wrong.stderr.splitlines()) == 1
     assert not any(tmp_path.iterdir())
+
+
+def test_sigterm_ends_all_ranks_after_one_step_with_a_checkpoint_of_it(inputs):
+    out = inputs / "stopped"
+    never = ["trainer.save_freq=1000"]
+    with open(inputs / "stopped.log", "wb") as log:
+        run = subprocess.Popen(
+            [*command(inputs, 1000, out, ranks=2), *never], stdout=log, stderr=log, env=ENVIRONMENT, cwd=inputs
+        )
+        try:
+            limit = time.monotonic() + 200
+            while not read_steps(out / "metrics.jsonl"):
+                assert run.poll() is None and time.monotonic() < limit, (inputs / "stopped.log").read_text()[-3000:]
+                time.sleep(0.2)
+            run.terminate()  # torchrun hands it to its ranks
+            assert run.wait(60) != 0
+        finally:
+            run.kill()
+    steps = [step["step"] for step in read_steps(out / "metrics.jsonl")]
+    assert latest_step(out) == steps[-1] and fault(out / f"global_step_{steps[-1]}") is None
+    said = (inputs / "stopped.log").read_text()
+    assert said.count(f"stopped: a checkpoint of step {steps[-1]} is saved") == 2, said[-3000:]

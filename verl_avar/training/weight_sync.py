@@ -63,5 +63,7 @@ class ImpatientServerAdapter(ServerAdapter):
 
 def _limit_sockets(milliseconds: int) -> None:
     """How long sockets that verl's sender makes from now on wait for their peer; -1: for ever."""
-    for option in (zmq.RCVTIMEO, zmq.SNDTIMEO, zmq.LINGER):  # vLLM may not even have connected
-        zmq.Context.instance().setsockopt(option, milliseconds)
+    context = zmq.Context.instance()
+    for option in (zmq.RCVTIMEO, zmq.SNDTIMEO):  # vLLM may not even have connected
+        context.setsockopt(option, milliseconds)
+    context.setsockopt(zmq.LINGER, min(milliseconds, 0))  # a process that gives up leaves without its last words
