@@ -158,7 +158,7 @@ def measure(folder: Path, kind: str, methods: list[str], layers: int, repeats: i
     engines = {method: build_engine(folder, kind, method, layers) for method in methods}
     found = {method: {"seconds": []} for method in methods}
     for method, engine in engines.items():
-        run_once(engine, folder / "warm.parquet", kind)
+        run_once(engine, batch(engine, folder / "warm.parquet", kind), kind)
         if of_memory:
             data = batch(engine, folder / "rows.parquet", kind)
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
@@ -169,35 +169,32 @@ def measure(folder: Path, kind: str, methods: list[str], layers: int, repeats: i
         for method, engine in engines.items():
             data = batch(engine, folder / "rows.parquet", kind)
             found[method]["tokens"] = len(data["input_ids"].values())
-            start = time.process_time()
-            output = run_once(engine, data, kind)
+            seconds, found[method]["result"] = run_once(engine, data, kind)
             if repeat > 0:  # the first one fills caches
-                found[method]["seconds"].append(time.process_time() - start)
-                found[method]["result"] = result(engine, output, kind, method)
+                found[method]["seconds"].append(seconds)
     torch.distributed.destroy_process_group()
     return found
 
 
-def run_once(engine, data, kind: str):
-    """One step without the optimizer's part, which is the same for all and would hide a gradient that differs."""
+def run_once(engine, data, kind: str) -> tuple[float, list[float]]:
+    """Processor seconds of one step or pass, and what it computed: loss and norm of the gradient, or the scores' sum.
+
+    The optimizer's part is left out: it is the same for all, and would hide a gradient that differs.
+    """
     import torch
     from verl.workers.utils.losses import sft_loss
 
-    data = batch(engine, data, kind) if isinstance(data, Path) else data
     if kind == "step":
-        with engine.train_mode():
-            engine.optimizer.zero_grad()
-            return engine.forward_backward_batch(data, partial(sft_loss, config=None))
+        with engine.train_mode():  # leaving it clears the gradients
+            start = time.process_time()
+            output = engine.forward_backward_batch(data, partial(sft_loss, config=None))
+            seconds = time.process_time() - start
+            gradients = [p.grad.full_tensor() for p in engine.module.parameters() if p.grad is not None]
+            return seconds, [sum(output["loss"]), math.sqrt(sum(float(g.square().sum()) for g in gradients))]
     with engine.eval_mode(), torch.no_grad():
-        return engine.infer_batch(data)
-
-
-def result(engine, output, kind: str, method: str) -> list[float]:
-    """Loss and norm of the gradient, or the sum of the scores."""
-    if kind == "step":
-        gradients = [p.grad.full_tensor() for p in engine.module.parameters() if p.grad is not None]
-        return [sum(output["loss"]), math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))]
-    return [] if method == "plain" else [float(output["model_output"]["visual_ratio"].values().sum())]
+        start = time.process_time()
+        scores = engine.infer_batch(data)["model_output"].get("visual_ratio")
+        return time.process_time() - start, [] if scores is None else [float(scores.values().sum())]
 
 
 def alone(methods: list[str]) -> list[list[str]]:
