@@ -23,13 +23,15 @@ def run(config: DictConfig) -> None:
     """Trains. Raises ConfigError for a mistake in the settings or the data, Stopped after SIGTERM."""
     from verl_avar.training.checks import check_files, check_model, check_objective, check_roles
     from verl_avar.training.schema import check_sft
-    from verl_avar.training.whole_checkpoints import before_resuming
 
     check_objective(config)
     check_model(config.model.path)
     check_files(config.data.train_files, columns=[config.data.messages_key, "images"], mixed=True)
     check_roles(config.data.train_files, config.data.messages_key)
     check_sft(config)
+
+    from verl_avar.training.whole_checkpoints import before_resuming  # it imports verl, which has much to say
+
     before_resuming(config.trainer)
     log_to_unless_told(config.avar.metrics_file)
     (run_on_ray if config.avar.ray else run_here)(config)
