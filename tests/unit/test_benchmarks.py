@@ -33,7 +33,7 @@ def test_a_training_step_is_the_same_with_masses_and_with_maps(tmp_path, monkeyp
     figures = module.compare(options, "step", 256)
     assert figures["all"]["result"] == pytest.approx(figures["maps"]["result"], rel=1e-3)
     for own, plain in zip(figures["all"]["result"], figures["plain"]["result"], strict=True):
-        assert own > 0 and own != pytest.approx(plain, rel=1e-3)
+        assert own > 0 and own != pytest.approx(plain, rel=1e-5)  # of the same weights: the difference is AGTO
     rows = module.table([("step", {name: found | {"mb": 2.0} for name, found in figures.items()})]).splitlines()
     assert len(rows) == 5 and rows[3].endswith("| 2 | 1.00× |") and rows[2].split(" | ")[4] == "1"
 
