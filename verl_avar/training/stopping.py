@@ -1,17 +1,22 @@
 """SIGTERM, as schedulers send it before they kill: the run ends its step, saves a checkpoint and leaves.
 
-A second SIGTERM ends it at once. RL's trainer runs in another process than the one that gets the signal, perhaps on
-another node; it looks for a file in the folder of the checkpoints.
+A second SIGTERM ends it at once; not within AGAIN_S of the first, since one cause can send several: the kernel tells a
+child of its parent's death again whenever it gets another parent, as when a parent of many threads is killed. RL's
+trainer runs in another process than the one that gets the signal, perhaps on another node; it looks for a file in the
+folder of the checkpoints.
 """
 
 from __future__ import annotations
 
 import signal
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 EXIT_STOPPED = 128 + signal.SIGTERM  # as of a process that SIGTERM ended
+AGAIN_S = 2.0
 REQUEST = "stop"  # in trainer.default_local_dir
 
 
@@ -30,12 +35,20 @@ def on_sigterm(ask: Callable[[], object]) -> None:
     To be called after `ray.init`, which sets a handler of its own.
     """
 
-    def first(*_) -> None:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_STOPPED))
-        print("SIGTERM: saving a checkpoint after this step; once more to end at once", file=sys.stderr, flush=True)
-        ask()
+    asked = None
 
-    signal.signal(signal.SIGTERM, first)
+    def stop(*_) -> None:
+        nonlocal asked
+        if asked is not None:
+            if time.monotonic() - asked > AGAIN_S:
+                sys.exit(EXIT_STOPPED)
+            return
+        asked = time.monotonic()
+        ask()
+        with suppress(RuntimeError):  # the signal came while something was being written there
+            print("SIGTERM: saving a checkpoint after this step; once more to end at once", file=sys.stderr, flush=True)
+
+    signal.signal(signal.SIGTERM, stop)
 
 
 def request(folder: str) -> Path:
