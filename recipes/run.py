@@ -155,7 +155,7 @@ def run(recipe: DictConfig, out: Path, chosen: list[str], console: Console) -> N
     """Runs the chosen stages in order in the run folder `out`."""
     import stages
 
-    from verl_avar.training.compose import ConfigError
+    from verl_avar.errors import ConfigError
 
     out.mkdir(parents=True, exist_ok=True)
     with only_run(out):

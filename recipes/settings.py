@@ -11,7 +11,7 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from verl_avar.training.data import MAX_PIXELS, SYSTEM
+from verl_avar.data.schema import MAX_PIXELS, SYSTEM
 
 STAGES = ("data", "coldstart", "coldstart_agto", "rl", "evaluate", "report")
 # Names of the evaluated checkpoints, in the order of training.

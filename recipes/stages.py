@@ -21,10 +21,10 @@ from trainer_process import METRICS, run_trainer
 from trainers import FOLDERS, ROOT, data_file, start, trainer
 from transformers.utils.logging import disable_progress_bar
 
+from verl_avar.data.published import named
 from verl_avar.training.checkpoint import latest_model, latest_step
 from verl_avar.training.compose import compose
 from verl_avar.training.metrics import read_steps
-from verl_avar.training.rows import named
 
 
 def data(recipe: DictConfig, out: Path, console: Console) -> None:

@@ -14,10 +14,11 @@ from PIL import Image
 from settings import load
 from stages import data as data_stage
 
+from verl_avar.data.published import check_reachable, encoded, named, placed
+from verl_avar.data.schema import SYSTEM
+from verl_avar.errors import ConfigError
 from verl_avar.training.checks import check_files, check_roles
-from verl_avar.training.compose import ConfigError
-from verl_avar.training.data import SYSTEM, describe, main, write_rl, write_sft
-from verl_avar.training.rows import check_reachable, encoded, named, placed
+from verl_avar.training.data import describe, main, write_rl, write_sft
 
 ANSWER = "<think>I look at the triangle again.</think><answer>3</answer>"
 

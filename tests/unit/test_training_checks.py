@@ -5,9 +5,9 @@ import socket
 import pandas as pd
 import pytest
 
+from verl_avar.errors import ConfigError
 from verl_avar.training import rl, sft
 from verl_avar.training.checks import check_files, check_model, check_roles
-from verl_avar.training.compose import ConfigError
 from verl_avar.training.environment import free_port
 
 

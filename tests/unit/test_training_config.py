@@ -5,9 +5,10 @@ from omegaconf import OmegaConf
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import FSDPEngineConfig, McoreEngineConfig
 
+from verl_avar.errors import ConfigError
 from verl_avar.rollout import kv_transfer_config
 from verl_avar.training.checks import engine_of
-from verl_avar.training.compose import CONFIGS, ConfigError, compose
+from verl_avar.training.compose import CONFIGS, compose
 from verl_avar.training.config import AvarConfig, AvarFSDPEngineConfig
 from verl_avar.training.megatron.config import AvarMcoreEngineConfig
 

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from verl_avar.errors import ConfigError
 from verl_avar.training import command, stopping
 from verl_avar.training.command import one_line
-from verl_avar.training.compose import ConfigError
 from verl_avar.training.shared_memory import SHARED_MEMORY
 from verl_avar.training.stopping import Stopped, on_sigterm
 from verl_avar.training.watchdog import watch

@@ -6,8 +6,9 @@ import copy
 import pytest
 from omegaconf import OmegaConf
 
+from verl_avar.errors import ConfigError
 from verl_avar.training.checks import check_visual_reward
-from verl_avar.training.compose import ConfigError, compose
+from verl_avar.training.compose import compose
 from verl_avar.training.visual_reward import VisualReward
 
 ACTOR = {"avar.vars.source": "actor", "actor_rollout_ref.actor.fsdp_config.avar.masses": "infer"}

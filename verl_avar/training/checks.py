@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from verl_avar.training.compose import ConfigError
+from verl_avar.errors import ConfigError
 
 KNOWN_ROLES = frozenset({"system", "user", "assistant", "tool"})
 TRAINER_MODES = ("avar_sync", "avar_colocate_async", "avar_separate_async")

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 from omegaconf import DictConfig
 
-from verl_avar.training.compose import ConfigError, arguments, compose
+from verl_avar.errors import ConfigError
+from verl_avar.training.compose import arguments, compose
 from verl_avar.training.environment import prepare
 from verl_avar.training.stopping import EXIT_STOPPED, Stopped
 

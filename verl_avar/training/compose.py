@@ -8,6 +8,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from verl_avar.errors import ConfigError
+
 CONFIGS = Path(__file__).parent / "config"
 
 
@@ -17,10 +19,6 @@ def verl_configs() -> Path:
     if spec is None or spec.origin is None:
         raise ConfigError("verl is not installed in this environment; run recipes/bootstrap.sh")
     return Path(spec.origin).parent / "trainer" / "config"
-
-
-class ConfigError(ValueError):
-    """A mistake in a run's settings or data, worded for the person who made it."""
 
 
 def compose(name: str, overrides: list[str]) -> DictConfig:

@@ -20,14 +20,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from verl_avar.training.compose import ConfigError
-from verl_avar.training.rows import encoded, images_of, only_column, placed, read, write
+from verl_avar.data.published import encoded, images_of, only_column, placed, read, write
+from verl_avar.data.schema import MAX_PIXELS, SYSTEM
+from verl_avar.errors import ConfigError
 
-SYSTEM = (
-    "Look at the image closely and reason before you answer, going back to the image to check what you see. Write your "
-    "reasoning between <think> and </think>, then the final answer alone between <answer> and </answer>."
-)
-MAX_PIXELS = 1003520  # 1280 tokens of 28 × 28 pixels
 # What the publishers say: for the plan of a run whose rows are not there yet.
 PUBLISHED_ROWS = {
     "Antimage01/AVAR-ColdStart-30K": 30_419,

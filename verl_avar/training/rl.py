@@ -15,9 +15,9 @@ from types import SimpleNamespace
 
 from omegaconf import DictConfig
 
+from verl_avar.errors import ConfigError
 from verl_avar.training import command
 from verl_avar.training.cluster import prepare_ray
-from verl_avar.training.compose import ConfigError
 from verl_avar.training.metrics import log_to_unless_told
 from verl_avar.training.shared_memory import remove_segments
 from verl_avar.training.stopping import on_sigterm, request

@@ -14,8 +14,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from verl_avar.errors import ConfigError
 from verl_avar.training.checks import engine_of
-from verl_avar.training.compose import ConfigError
 
 SFT_PARTS = ("engine", "optim", "checkpoint", "profiler")  # those that verl/trainer/sft_trainer.py:_build_config builds
 RL_PARTS = ("actor_rollout_ref.rollout", "algorithm")  # validate_config builds the actor

@@ -12,8 +12,8 @@ import sys
 
 from omegaconf import DictConfig, OmegaConf
 
+from verl_avar.errors import ConfigError
 from verl_avar.training import command
-from verl_avar.training.compose import ConfigError
 from verl_avar.training.environment import single_process_group
 from verl_avar.training.metrics import log_to_unless_told
 from verl_avar.training.stopping import on_sigterm

@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
-from verl_avar.training.compose import ConfigError
+from verl_avar.data.schema import IMAGE
+from verl_avar.errors import ConfigError
 
-IMAGE = "<image>"  # verl's and LLaMA-Factory's placeholder
 BATCH = 256  # rows in memory at a time
 FILES = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
 

@@ -1,0 +1,1 @@
+"""Rows of images, questions and answers: one schema, and the ways into it."""

@@ -1,0 +1,205 @@
+"""A synthesis run's settings: a yaml checked against these dataclasses, with `key=value` overrides on top.
+
+API keys are no settings: an endpoint names the environment variable that holds its key.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from verl_avar.data.schema import MAX_PIXELS, SYSTEM
+from verl_avar.errors import ConfigError
+from verl_avar.synthesis.checks.settings import Checks
+from verl_avar.synthesis.outcomes import STAGES
+
+KEEP = ("first", "shortest", "longest", "most_anchors", "attention")
+OUTPUTS = ("sft", "rl", "sharegpt", "dataset")
+
+
+@dataclass
+class Source:
+    """Where rows come from; see `avar data sources`."""
+
+    path: str = MISSING  # hub name, folder or file
+    reader: str = "generic"
+    split: str = "train"
+    limit: int | None = None  # rows taken, from the start
+    columns: dict[str, str] = field(default_factory=dict)  # generic: our column -> the source's
+
+
+@dataclass
+class Endpoint:
+    """An OpenAI-compatible server. Nothing is sent to any other address: redirects are not followed."""
+
+    base_url: str = MISSING  # http(s)://…/v1
+    api_key_env: str | None = None  # environment variable that holds the key; null: the server asks for none
+    concurrency: int = 16  # requests in flight
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None  # prompt and completion
+    timeout_s: float = 300.0  # of one request
+    attempts: int = 8  # requests for one call, before the row is left as call_failed
+    backoff_s: float = 1.0  # before the second attempt; doubles, with jitter, up to backoff_max_s
+    backoff_max_s: float = 60.0
+    proxy: str | None = None  # only this one: proxies of the environment are not used
+
+
+@dataclass
+class Price:
+    """Per million tokens, in any one currency."""
+
+    prompt: float = 0.0
+    completion: float = 0.0
+
+
+@dataclass
+class Stage:
+    """One model's part of the work."""
+
+    endpoint: str = MISSING  # a name of `endpoints`
+    model: str = MISSING
+    prompt: str | None = None  # jinja file with blocks system and user; null: the one that ships with the package
+    images: bool = False  # send the images; `describe` must, the others may
+    sampling: dict[str, Any] = field(default_factory=dict)  # temperature, top_p, max_tokens, … as the API names them
+    reasoning: bool = False  # put a model's separate `reasoning_content` into <think>…</think> before its answer
+    candidates: int = 1  # texts asked for; one is kept
+    keep: str = "first"  # of those that pass the checks: KEEP
+    price: Price = field(default_factory=Price)
+
+
+@dataclass
+class Stages:
+    describe: Stage = field(default_factory=lambda: Stage(images=True))
+    reason: Stage = field(default_factory=Stage)
+    anchor: Stage = field(default_factory=Stage)
+
+
+@dataclass
+class Budget:
+    """Of all runs into this folder; null: none. When it is spent, requests in flight end and no more are made."""
+
+    tokens: int | None = None
+    cost: float | None = None
+
+
+@dataclass
+class Duplicates:
+    exact: bool = True  # same question, answer, choices and image files
+    near: bool = True  # nearly the same question and image, same answer
+    question_similarity: float = 90.0  # 0 to 100, RapidFuzz's ratio
+    image_distance: int = 3  # bits of 64 in which perceptual hashes may differ
+
+
+@dataclass
+class Overlap:
+    """Benchmarks whose questions must not be trained on."""
+
+    benchmarks: list[str] = field(default_factory=list)  # local copies, read as sources are
+    hashes: list[str] = field(default_factory=list)  # files that `avar data hashes` wrote
+    image_distance: int = 3
+    question_similarity: float = 90.0
+
+
+@dataclass
+class Attention:
+    """Optional: what a student model looks at while it reads each chain decides about it."""
+
+    model: str | None = None  # checkpoint folder or hub name; null: not measured
+    device: str = "cpu"
+    batch_size: int = 4
+    keep: float = 1.0  # share of accepted rows kept, those with the most attention to the image
+    weight: bool = False  # write a weight per row, proportional to its attention, mean 1
+
+
+@dataclass
+class Synthesis:
+    name: str = MISSING
+    out: str = MISSING  # folder of everything that the run writes
+    seed: int = 0
+    sources: list[Source] = MISSING
+    endpoints: dict[str, Endpoint] = MISSING
+    stages: Stages = field(default_factory=Stages)
+    checks: Checks = field(default_factory=Checks)
+    duplicates: Duplicates = field(default_factory=Duplicates)
+    overlap: Overlap = field(default_factory=Overlap)
+    budget: Budget = field(default_factory=Budget)
+    attention: Attention = field(default_factory=Attention)
+    outputs: list[str] = field(default_factory=lambda: ["sft"])
+    system: str = SYSTEM  # system turn of the training rows
+    max_pixels: int = MAX_PIXELS  # larger images are scaled down
+    viewer_rows: int = 60  # samples shown in the viewer: accepted ones and of every reason
+
+
+def load(path: Path | str, overrides: list[str] = ()) -> DictConfig:
+    """The settings of a yaml with overrides. Raises ConfigError for anything unknown, missing, mistyped or unsafe."""
+    path = Path(path)
+    try:
+        given = OmegaConf.load(path)
+        if not isinstance(given, DictConfig):
+            raise ConfigError(f"{path}: not a yaml of settings")
+        if bad := [o for o in overrides if "=" not in o]:
+            raise ConfigError(f"'{bad[0]}' is not an override; write key=value, such as budget.cost=20")
+        _no_secrets(OmegaConf.to_container(given), path)
+        config = OmegaConf.merge(OmegaConf.structured(Synthesis), given, OmegaConf.from_dotlist(list(overrides)))
+    except FileNotFoundError:
+        raise ConfigError(f"no config {path}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not a yaml file: {' '.join(str(error).split())}") from None
+    except OmegaConfBaseException as error:
+        where = f" (at {error.full_key})" if error.full_key else ""
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]}{where}") from None
+    if missing := OmegaConf.missing_keys(config):
+        raise ConfigError(f"{path}: no value for {', '.join(sorted(missing))}")
+    check(config, path)
+    return config
+
+
+def check(config: DictConfig, path: Path) -> None:
+    """Raises ConfigError for values that the types alone allow."""
+    for name, endpoint in config.endpoints.items():
+        if not str(endpoint.base_url).startswith(("http://", "https://")):
+            raise ConfigError(f"{path}: endpoints.{name}.base_url is '{endpoint.base_url}'; wanted http(s)://…/v1")
+        for key in ("concurrency", "attempts", "timeout_s"):
+            if endpoint[key] <= 0:
+                raise ConfigError(f"{path}: endpoints.{name}.{key} must be positive, it is {endpoint[key]}")
+        for key in ("requests_per_minute", "tokens_per_minute"):
+            if endpoint[key] is not None and endpoint[key] <= 0:
+                raise ConfigError(f"{path}: endpoints.{name}.{key} must be positive, it is {endpoint[key]}")
+    for name in STAGES:
+        stage = config.stages[name]
+        if stage.endpoint not in config.endpoints:
+            known = ", ".join(config.endpoints)
+            raise ConfigError(f"{path}: stages.{name}.endpoint is '{stage.endpoint}'; endpoints are {known}")
+        if stage.keep not in KEEP or (stage.keep in KEEP[3:] and name != "anchor"):
+            known = KEEP if name == "anchor" else KEEP[:3]
+            raise ConfigError(f"{path}: stages.{name}.keep is '{stage.keep}'; known are {', '.join(known)}")
+        if stage.candidates < 1:
+            raise ConfigError(f"{path}: stages.{name}.candidates must be at least 1, it is {stage.candidates}")
+    if not config.stages.describe.images:
+        raise ConfigError(f"{path}: stages.describe.images is false, but a description needs the images")
+    if config.stages.anchor.keep == "attention" and config.attention.model is None:
+        raise ConfigError(f"{path}: stages.anchor.keep is attention; name the student in attention.model")
+    if unknown := [output for output in config.outputs if output not in OUTPUTS]:
+        raise ConfigError(f"{path}: outputs has '{unknown[0]}'; known are {', '.join(OUTPUTS)}")
+    if not config.sources:
+        raise ConfigError(f"{path}: sources is empty")
+    if not 0 < config.attention.keep <= 1:
+        raise ConfigError(f"{path}: attention.keep must be in (0, 1], it is {config.attention.keep}")
+
+
+def _no_secrets(node: Any, path: Path, where: str = "") -> None:
+    """Raises ConfigError where a key stands in the file: it would end in copies, logs and repositories."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            name = f"{where}.{key}" if where else str(key)
+            if str(key).lower() in ("api_key", "key", "token", "authorization"):
+                raise ConfigError(f"{path}: {name}: keys don't go into files; name its variable in api_key_env")
+            _no_secrets(value, path, name)
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            _no_secrets(value, path, f"{where}[{index}]")
