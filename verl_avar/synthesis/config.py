@@ -66,6 +66,7 @@ class Stage:
     prompt: str | None = None  # jinja file with blocks system and user; null: the one that ships with the package
     images: bool = False  # send the images; `describe` must, the others may
     sampling: dict[str, Any] = field(default_factory=dict)  # temperature, top_p, max_tokens, … as the API names them
+    send_seed: bool = True  # a `seed` for each call, of the run's; false for servers that refuse one
     reasoning: bool = False  # put a model's separate `reasoning_content` into <think>…</think> before its answer
     candidates: int = 1  # texts asked for; one is kept
     keep: str = "first"  # of those that pass the checks: KEEP
