@@ -63,7 +63,7 @@ class Stage:
 
     endpoint: str = MISSING  # a name of `endpoints`
     model: str = MISSING
-    prompt: str | None = None  # jinja file with blocks system and user; null: the one that ships with the package
+    prompt: str | None = None  # jinja file with blocks system and user; beside the yaml; null: the shipped one
     images: bool = False  # send the images; `describe` must, the others may
     sampling: dict[str, Any] = field(default_factory=dict)  # temperature, top_p, max_tokens, … as the API names them
     send_seed: bool = True  # a `seed` for each call, of the run's; false for servers that refuse one
@@ -157,6 +157,9 @@ def load(path: Path | str, overrides: list[str] = ()) -> DictConfig:
     if missing := OmegaConf.missing_keys(config):
         raise ConfigError(f"{path}: no value for {', '.join(sorted(missing))}")
     check(config, path)
+    for stage in STAGES:
+        if config.stages[stage].prompt is not None:
+            config.stages[stage].prompt = str(path.parent / Path(config.stages[stage].prompt).expanduser())
     return config
 
 

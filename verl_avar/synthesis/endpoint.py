@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -85,7 +85,7 @@ class Endpoint:
         per_minute = settings.tokens_per_minute
         self.tokens = per_minute and AsyncLimiter(per_minute * TOKEN_WINDOW_S / 60, TOKEN_WINDOW_S)
         self.expected: dict[str, float] = {}  # mean tokens of a model's calls
-        self.counts: Counter = Counter()  # requests, answers, and failed requests by kind
+        self.counts: dict[str, Counter] = defaultdict(Counter)  # of each stage: requests, answers, failures by kind
         self.first = self.last = self.answered = None  # time.monotonic() of requests and of the last answer
 
     async def _strip(self, request) -> None:
@@ -96,8 +96,10 @@ class Endpoint:
     async def close(self) -> None:
         await self.client.close()
 
-    async def call(self, model: str, messages: list[dict], sampling: dict, reasoning: bool = False) -> Answer:
-        """One call, with as many attempts as it takes or the settings allow.
+    async def call(
+        self, stage: str, model: str, messages: list[dict], sampling: dict, reasoning: bool = False
+    ) -> Answer:
+        """One call of a stage, with as many attempts as it takes or the settings allow.
 
         reasoning: put the answer's separate `reasoning_content` before it, in <think>…</think>. Raises CallFailed,
         EndpointError, and Stopping where `may_go` says so.
@@ -116,11 +118,13 @@ class Endpoint:
             reraise=True,
         )
         try:
-            return await retrying(self._attempt, model, messages, sampling, reasoning)
+            return await retrying(self._attempt, self.counts[stage], model, messages, sampling, reasoning)
         except _Transient as error:
             raise CallFailed(error.kind, f"{error} ({settings.attempts} attempts)") from None
 
-    async def _attempt(self, model: str, messages: list[dict], sampling: dict, reasoning: bool) -> Answer:
+    async def _attempt(
+        self, counts: Counter, model: str, messages: list[dict], sampling: dict, reasoning: bool
+    ) -> Answer:
         async with self.places:
             expected = self.expected.get(model, FIRST_TOKENS)
             if self.tokens:
@@ -133,26 +137,26 @@ class Endpoint:
             self.first = self.first or start
             self.answered = self.answered or start
             self.last = start
-            self.counts["requests"] += 1
+            counts["requests"] += 1
             try:
                 reply = await self.client.chat.completions.create(model=model, messages=messages, **sampling)
                 answer = _answer(reply, model, reasoning, time.monotonic() - start)
             except (openai.OpenAIError, json.JSONDecodeError, UnicodeDecodeError) as error:
                 refused = self._judge(error, time.monotonic() - start)
                 if isinstance(refused, Answer):
-                    self.counts["bad_request"] += 1
+                    counts["bad_request"] += 1
                     return refused
-                self.counts[refused.kind] += 1
+                counts[refused.kind] += 1
                 if time.monotonic() - self.answered > GIVE_UP_S:
                     raise EndpointError(
                         f"endpoint {self.name}: no answer for {GIVE_UP_S:.0f} s, last {refused.kind}: {refused}"
                     ) from None
                 raise refused from None
             except _Transient as error:
-                self.counts[error.kind] += 1
+                counts[error.kind] += 1
                 raise
             self.answered = time.monotonic()
-        self.counts["answers"] += 1
+        counts["answers"] += 1
         used = answer.prompt_tokens + answer.completion_tokens
         self.expected[model] = used if model not in self.expected else 0.9 * expected + 0.1 * used
         if self.tokens and used > expected:

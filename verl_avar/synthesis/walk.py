@@ -32,7 +32,7 @@ class Ask:
     attempt: int
     model: str
     sampling: dict[str, Any]
-    messages: list[dict]  # without images
+    context: Context
 
 
 class Unanswered(Exception):
@@ -174,7 +174,7 @@ def _ask(row, stage, settings, context, number, attempts, config) -> Ask:
         draw = random.Random(f"{config.seed} {row['id']} {stage} {number} {attempt}")
         sampling = {"seed": draw.randrange(2**31)} | sampling
     parts = [row["id"], stage, messages, settings.model, sampling, settings.images, settings.reasoning]
-    return Ask(call_key(*parts, number, attempt), stage, number, attempt, settings.model, sampling, messages)
+    return Ask(call_key(*parts, number, attempt), stage, number, attempt, settings.model, sampling, context)
 
 
 def prompt(stage: str, settings: DictConfig, context: Context, images: int, data: Sequence[bytes] = ()) -> list[dict]:
@@ -187,4 +187,4 @@ def prompt(stage: str, settings: DictConfig, context: Context, images: int, data
         "chain": context.chain or "",
         "images": images,
     }
-    return render(settings.prompt, stage, words, data)
+    return render(settings.prompt, stage, words, data or None)

@@ -1,0 +1,112 @@
+"""After the calls: what became of every row of the sources, from stored answers alone, each row exactly once."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from omegaconf import DictConfig
+
+from verl_avar.synthesis.checks.stages import check, find_anchors
+from verl_avar.synthesis.outcomes import OUTCOMES, PENDING, REJECTED, STAGES
+from verl_avar.synthesis.pipeline import RETRIES_FILE, ROWS_FILE, read_attempts, read_rows
+from verl_avar.synthesis.store import CALLS, FAILURES, Lines
+from verl_avar.synthesis.walk import Ask, Unanswered, Walk, walk
+
+OUTCOMES_FILE, INTAKE_FILE = "outcomes.parquet", "intake.parquet"
+WRITTEN_AT_ONCE = 256  # rows
+
+
+def settle(config: DictConfig, out: Path, each: Callable[[dict, Walk], None] = lambda row, done: None) -> Path:
+    """Writes OUT/outcomes.parquet (schema outcomes.OUTCOMES), in the order of the sources; returns its path.
+
+    each: called with every outcome and, for rows that passed intake, how it came about.
+    """
+    path, part = out / OUTCOMES_FILE, out / f".{OUTCOMES_FILE}.{os.getpid()}"
+    try:
+        with pq.ParquetWriter(part, OUTCOMES) as writer:
+            outcomes = walked(config, out)
+            while batch := list(itertools.islice(outcomes, WRITTEN_AT_ONCE)):
+                for outcome, done in batch:
+                    each(outcome, done)
+                rows = [outcome for outcome, _ in batch]
+                writer.write_table(pa.Table.from_pylist(rows, schema=OUTCOMES))
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def walked(config: DictConfig, out: Path) -> Iterator[tuple[dict, Walk]]:
+    """(row of OUTCOMES, its walk) of every row of the sources."""
+    attempts, names = read_attempts(out), source_order(out)
+    loop = asyncio.new_event_loop()
+    with Lines(out / CALLS) as stored, Lines(out / FAILURES) as failed:
+
+        async def ask(one: Ask) -> dict:
+            if call := stored.get(one.key):
+                return call
+            if failure := failed.get(one.key):
+                raise Unanswered("call_failed", failure["detail"])
+            raise Unanswered(PENDING)
+
+        async def checked(*arguments):
+            return check(*arguments)
+
+        def through() -> Iterator[tuple[dict, Walk]]:
+            for row in read_rows(out / ROWS_FILE):
+                done = loop.run_until_complete(walk(row, config, attempts, ask, checked))
+                yield outcome(row, done), done
+
+        def refused() -> Iterator[tuple[dict, Walk]]:
+            for row in read_rows(out / INTAKE_FILE):
+                done = Walk(REJECTED, "intake")
+                about = {name: row[name] for name in ("reason", "detail")}
+                yield outcome(row, done) | about, done
+
+        try:
+            yield from heapq.merge(
+                through(), refused(), key=lambda pair: (names.index(pair[0]["source"]), pair[0]["source_row"])
+            )
+        finally:
+            loop.close()
+
+
+def source_order(out: Path) -> list[str]:
+    """Names of the sources, as intake read them."""
+    return json.loads((out / "intake.json").read_text())["sources"]
+
+
+def outcome(row: dict, done: Walk) -> dict:
+    anchored = done.texts.get("anchor")
+    anchors = [{"text": a.text, "position": a.position} for a in find_anchors(anchored)] if anchored else []
+    columns = {name: row[name] for name in ("id", "source", "source_row")} | done.columns()
+    return columns | {"anchors": anchors, "attention": None, "weight": 1.0}
+
+
+def send_again(config: DictConfig, out: Path, reasons: Iterable[str]) -> dict[str, int]:
+    """Has the stage that rejected a row for one of these reasons be asked again; returns how many rows by reason.
+
+    What was marked before and not answered since is not marked twice. A reason may be STAGE:REASON.
+    """
+    counts = dict.fromkeys(reasons, 0)
+    lines = []
+    for row, _ in walked(config, out):
+        for reason in counts:
+            stage, _, code = reason.rpartition(":")
+            if row["reason"] == code and row["stage"] in ([stage] if stage else [row["stage"]]):
+                if row["stage"] in STAGES and code != "call_failed":  # which every run makes again
+                    lines.append({"row": row["id"], "stage": row["stage"], "reason": code, "time": time.time()})
+                    counts[reason] += 1
+                break
+    with (out / RETRIES_FILE).open("a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+    return counts
