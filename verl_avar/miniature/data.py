@@ -1,11 +1,13 @@
 """The miniature's data sets as parquet files in verl's formats.
 
 SFT rows follow verl 0.9.1's MultiTurnSFTDataset (`messages`, `images`), RL and evaluation rows its RLHFDataset
-(`prompt`, `images`, `data_source`, `reward_model`, `extra_info`). Every writer is deterministic by its seed and leaves
-no half-written file behind.
+(`prompt`, `images`, `data_source`, `reward_model`, `extra_info`). Questions alone, from which `avar synth run` makes
+cold-start data, are rows of `verl_avar.data.schema.ROWS`. Every writer is deterministic by its seed and leaves no
+half-written file behind.
 """
 
 import io
+import json
 import os
 import random
 from collections.abc import Iterator
@@ -14,8 +16,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
+from verl_avar.data.schema import IMAGE, ROWS, content_id
 from verl_avar.miniature.tasks import SYSTEM, TASKS, Sample, draw_sample
+from verl_avar.miniature.teacher import SCENE_KEY
 
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 _IMAGES = pa.list_(pa.struct([("bytes", pa.binary())]))
@@ -45,6 +50,16 @@ RL_SCHEMA = pa.schema(
 def write_sft(path: Path | str, n: int, seed: int) -> Path:
     """Write `n` cold-start conversations (system, user with "<image>", assistant) from the training split."""
     return _write(path, SFT_SCHEMA, (_sft_row(sample) for sample in _mixed(n, random.Random(f"sft {seed}"))))
+
+
+def write_questions(path: Path | str, n: int, seed: int) -> Path:
+    """Write the questions and answers of `write_sft(…, n, seed)`, in its order, without the chains.
+
+    Each picture says in its file's text which scene it shows, for the exact teacher (`teacher.read_scene`); its pixels
+    are those of `write_sft`.
+    """
+    samples = _mixed(n, random.Random(f"sft {seed}"))
+    return _write(path, ROWS, (_question_row(sample, index) for index, sample in enumerate(samples)))
 
 
 def write_rl(path: Path | str, n: int, seed: int) -> Path:
@@ -99,6 +114,20 @@ def _sft_row(sample: Sample) -> dict:
     }
 
 
+def _question_row(sample: Sample, index: int) -> dict:
+    question, image = f"{IMAGE}{sample.question}", _png(sample.image, sample.scene)
+    return {
+        "id": content_id(question, sample.answer, [], [image]),
+        "source": "miniature",
+        "source_row": index,
+        "question": question,
+        "answer": sample.answer,
+        "choices": [],
+        "images": [{"bytes": image}],
+        "meta": json.dumps({"task": sample.task, "scene": sample.scene}),
+    }
+
+
 def _rl_row(sample: Sample, index: int) -> dict:
     return {
         "data_source": f"miniature/{sample.task}",
@@ -109,9 +138,14 @@ def _rl_row(sample: Sample, index: int) -> dict:
     }
 
 
-def _png(image: Image.Image) -> bytes:
+def _png(image: Image.Image, scene: str | None = None) -> bytes:
+    """The picture's file; with `scene`, which is written into the file's text."""
+    text = None
+    if scene is not None:
+        text = PngInfo()
+        text.add_text(SCENE_KEY, scene)
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
+    image.save(buffer, format="PNG", pnginfo=text)
     return buffer.getvalue()
 
 
