@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
+import math
 import os
 import time
 from collections import Counter, defaultdict
@@ -20,6 +22,7 @@ from verl_avar.errors import ConfigError
 TOKEN_WINDOW_S = 10.0  # tokens are let through in shares of the minute: a whole minute's at once would be refused
 FIRST_TOKENS = 1000.0  # a call's tokens, until some are known
 REQUEST_WINDOW_S = 0.5
+POOL = 8  # connections of one pool: finding a free one takes longer the more there are (128 requests/s with 64, 334 so)
 GIVE_UP_S = 600.0  # without one answer while requests fail: the endpoint is down
 KINDS = {408: "timeout", 409: "server_error", 429: "rate_limit"}
 
@@ -67,18 +70,8 @@ class Endpoint:
     def __init__(self, name: str, settings: DictConfig, may_go: Callable[[], bool] = lambda: True):
         self.name, self.settings, self.may_go = name, settings, may_go
         self.key = _key(name, settings)
-        self.client = openai.AsyncOpenAI(
-            base_url=settings.base_url,
-            api_key=self.key or "none",
-            max_retries=0,
-            timeout=settings.timeout_s,
-            http_client=openai.DefaultAsyncHttpxClient(
-                follow_redirects=False,  # images and keys go to the named address and to no other
-                trust_env=False,  # nor through a proxy that the config does not name
-                proxy=settings.proxy,
-                event_hooks={"request": [self._strip]},
-            ),
-        )
+        self.clients = [self._client() for _ in range(math.ceil(settings.concurrency / POOL))]
+        self.turns = itertools.cycle(self.clients)
         self.places = asyncio.Semaphore(settings.concurrency)
         per_minute = settings.requests_per_minute
         self.requests = per_minute and AsyncLimiter(*_window(per_minute))
@@ -88,13 +81,28 @@ class Endpoint:
         self.counts: dict[str, Counter] = defaultdict(Counter)  # of each stage: requests, answers, failures by kind
         self.first = self.last = self.answered = None  # time.monotonic() of requests and of the last answer
 
+    def _client(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(
+            base_url=self.settings.base_url,
+            api_key=self.key or "none",
+            max_retries=0,
+            timeout=self.settings.timeout_s,
+            http_client=openai.DefaultAsyncHttpxClient(
+                follow_redirects=False,  # images and keys go to the named address and to no other
+                trust_env=False,  # nor through a proxy that the config does not name
+                proxy=self.settings.proxy,
+                event_hooks={"request": [self._strip]},
+            ),
+        )
+
     async def _strip(self, request) -> None:
         """The client would take an organisation of OpenAI's from the environment, and send a key where none is due."""
         for header in ("openai-organization", "openai-project", *(() if self.key else ("authorization",))):
             request.headers.pop(header, None)
 
     async def close(self) -> None:
-        await self.client.close()
+        for client in self.clients:
+            await client.close()
 
     async def call(
         self, stage: str, model: str, messages: list[dict], sampling: dict, reasoning: bool = False
@@ -139,7 +147,8 @@ class Endpoint:
             self.last = start
             counts["requests"] += 1
             try:
-                reply = await self.client.chat.completions.create(model=model, messages=messages, **sampling)
+                client = next(self.turns)
+                reply = await client.chat.completions.create(model=model, messages=messages, **sampling)
                 answer = _answer(reply, model, reasoning, time.monotonic() - start)
             except (openai.OpenAIError, json.JSONDecodeError, UnicodeDecodeError) as error:
                 refused = self._judge(error, time.monotonic() - start)
@@ -214,10 +223,12 @@ def _window(per_minute: float) -> tuple[float, float]:
 
 
 def _retry_after(error: openai.APIStatusError) -> float | None:
-    try:
-        return max(0.0, float(error.response.headers.get("retry-after", "")))
-    except ValueError:
-        return None
+    for header, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
+        try:
+            return max(0.0, float(error.response.headers.get(header, "")) / unit)
+        except ValueError:  # not there, or a date
+            continue
+    return None
 
 
 def _answer(reply, model: str, reasoning: bool, seconds: float) -> Answer:
