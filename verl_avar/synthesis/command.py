@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-import time
 from pathlib import Path
 
 from verl_avar.errors import ConfigError
@@ -58,73 +57,16 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from verl_avar.synthesis import config as settings
-    from verl_avar.synthesis.endpoint import EndpointError
-    from verl_avar.synthesis.pipeline import Progress
-    from verl_avar.synthesis.run import SIGNALLED, check_prompts, conclude, make_calls, prepare
-    from verl_avar.synthesis.settle import send_again
-    from verl_avar.synthesis.store import locked
+    from verl_avar.synthesis import config
+    from verl_avar.synthesis.run import SIGNALLED, synthesise
     from verl_avar.synthesis.summary import print_summary
 
-    config = settings.load(arguments.config, arguments.overrides)
-    check_prompts(config)
-    out, console = Path(config.out).expanduser(), Console()
-    with locked(out):
-        counts = prepare(config, out)
-        console.print(intake_line(counts), highlight=False, soft_wrap=True)
-        if arguments.retry:
-            for reason, count in send_again(config, out, arguments.retry).items():
-                console.print(f"{reason}: {count} rows are asked again", highlight=False)
-        progress, error = Progress(), None
-        with _shown(progress, counts["rows"], console):
-            try:
-                make_calls(config, out, progress, arguments.ray, arguments.workers)
-            except EndpointError as failure:
-                error = failure
-        summary = conclude(config, out)
-    print_summary(summary, console)
-    if error:
-        raise error
-    if progress.stop:
-        print(f"stopped: {progress.stop}; {summary['pending']} rows are left", file=sys.stderr)
-        return EXIT_STOPPED if progress.stop == SIGNALLED else EXIT_BUDGET
+    settings, console = config.load(arguments.config, arguments.overrides), Console()
+    result = synthesise(settings, console, arguments.retry, arguments.ray, arguments.workers)
+    print_summary(result.summary, console)
+    if result.error:
+        raise result.error
+    if result.stop:
+        print(f"stopped: {result.stop}; {result.summary['pending']:,} rows are left", file=sys.stderr)
+        return EXIT_STOPPED if result.stop == SIGNALLED else EXIT_BUDGET
     return 0
-
-
-def _shown(progress, total: int, console):
-    """A bar on a terminal, twenty lines elsewhere."""
-    from contextlib import contextmanager
-
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bars
-
-    def figures() -> str:
-        rows, rate = progress.rows, progress.calls / max(1e-9, time.monotonic() - started)
-        cost = f", cost {progress.spent.cost:,.2f}" if progress.spent.cost else ""
-        return (
-            f"accepted {rows['accepted']:,}, rejected {rows['rejected']:,}, {progress.calls:,} calls "
-            f"({rate:.1f}/s), {progress.spent.tokens:,} tokens{cost}"
-        )
-
-    started, told = time.monotonic(), [0]
-
-    @contextmanager
-    def bars():
-        if not console.is_terminal:
-
-            def line(_) -> None:
-                done = progress.rows.total()
-                if done >= told[0] + max(1, total // 20) or done == total:
-                    told[0] = done
-                    console.print(f"{done:,}/{total:,} rows: {figures()}", highlight=False, soft_wrap=True)
-
-            progress.show = line
-            yield
-            return
-        columns = (TextColumn("rows"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Bars(*columns, TextColumn("{task.fields[figures]}"), console=console) as bar:
-            task = bar.add_task("rows", total=total, figures="")
-            progress.show = lambda _: bar.update(task, completed=progress.rows.total(), figures=figures())
-            yield
-
-    return bars()

@@ -13,37 +13,63 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 
+from verl_avar.synthesis.checks.stages import check_settings
+from verl_avar.synthesis.endpoint import EndpointError
+from verl_avar.synthesis.intake import described, intake
 from verl_avar.synthesis.outcomes import STAGES
-from verl_avar.synthesis.pipeline import ROWS_FILE, RUNS, Progress, Spent, read_rows, run_calls
-from verl_avar.synthesis.prompt import check, template_hash
-from verl_avar.synthesis.settle import settle
-from verl_avar.synthesis.store import CALLS, Lines, writer_name
+from verl_avar.synthesis.pipeline import ROWS_FILE, Progress, Spent, read_rows, run_calls
+from verl_avar.synthesis.progress import shown
+from verl_avar.synthesis.prompt import check as check_prompt
+from verl_avar.synthesis.settle import send_again, settle
+from verl_avar.synthesis.store import CALLS, Lines, locked, writer_name
+from verl_avar.synthesis.tally import summarise
 
 SUMMARY_FILE = "summary.json"
 SIGNALLED = "asked to end"
 
 
-def check_prompts(config: DictConfig) -> None:
-    """Raises ConfigError for a prompt that could not be rendered, before anything is read or sent."""
+@dataclass
+class Result:
+    """How a run ended. stop: why it left rows pending, or None."""
+
+    summary: dict
+    stop: str | None
+    error: EndpointError | None
+
+
+def synthesise(
+    config: DictConfig, console: Console, retry: Sequence[str] = (), ray: str | None = None, workers: int = 1
+) -> Result:
+    """Makes what is missing in `config.out`, and its outputs, from whatever is there in the end.
+
+    retry: reasons whose rejected rows are asked again. ray: address of a cluster that the rows are spread over, by
+    `workers` processes. Raises ConfigError before anything is sent.
+    """
+    out = Path(config.out).expanduser().absolute()
     for stage in STAGES:
-        check(config.stages[stage].prompt, stage)
-
-
-def prepare(config: DictConfig, out: Path) -> dict:
-    """Intake, and a copy of the settings in OUT/config.yaml; returns intake's counts."""
-    from verl_avar.synthesis.intake import intake
-
-    counts = intake(config, out)
-    _write(out / "config.yaml", OmegaConf.to_yaml(config))
-    return counts
+        check_prompt(config.stages[stage].prompt, stage)
+        check_settings(config.checks[stage])
+    with locked(out):
+        counts = intake(config, out)
+        console.print(described(counts), highlight=False, soft_wrap=True)
+        _write(out / "config.yaml", OmegaConf.to_yaml(config))
+        for reason, count in send_again(config, out, retry).items():
+            console.print(f"{reason}: {count:,} rows are asked again", highlight=False)
+        progress, error = Progress(), None
+        with shown(progress, counts["rows"], console):
+            try:
+                make_calls(config, out, progress, ray, workers)
+            except EndpointError as failure:
+                error = failure
+        return Result(conclude(config, out), progress.stop, error)
 
 
 def make_calls(config: DictConfig, out: Path, progress: Progress, ray: str | None = None, workers: int = 1) -> None:
@@ -95,73 +121,6 @@ def conclude(config: DictConfig, out: Path) -> dict:
     write_card(config, out, summary)
     _write(out / SUMMARY_FILE, json.dumps(summary, indent=1, ensure_ascii=False))
     return summary
-
-
-def summarise(config: DictConfig, out: Path, attention: dict | None) -> dict:
-    """Counts of rows by status, reason and source; calls, retries, tokens, cost and latency by stage."""
-    from verl_avar.synthesis.settle import OUTCOMES_FILE
-
-    status, reasons = Counter(), defaultdict(Counter)
-    sources: dict[str, Counter] = defaultdict(Counter)
-    for row in read_rows(out / OUTCOMES_FILE):
-        status[row["status"]] += 1
-        sources[row["source"]]["rows"] += 1
-        sources[row["source"]]["accepted"] += row["status"] == "accepted"
-        if row["reason"] is not None:
-            reasons[row["stage"]][row["reason"]] += 1
-    totals = {stage: Counter() for stage in STAGES}
-    with Lines(out / CALLS) as stored:
-        for call in stored:
-            totals[call["stage"]].update(calls=1, **{k: call[k] for k in ("prompt_tokens", "completion_tokens")})
-            totals[call["stage"]].update({"cost": call["cost"], "seconds": call["seconds"]})
-    runs = [json.loads(path.read_text()) for path in sorted((out / RUNS).glob("*.json"))]
-    return {
-        "name": config.name,
-        "seed": config.seed,
-        "rows": status.total(),
-        **{name: status[name] for name in ("accepted", "rejected", "pending")},
-        "reasons": {stage: dict(counts.most_common()) for stage, counts in reasons.items()},
-        "sources": {name: dict(counts) for name, counts in sources.items()},
-        "stages": {stage: _stage(config, stage, totals[stage], runs) for stage in STAGES},
-        "endpoints": {name: _endpoint(config, name, runs) for name in config.endpoints},
-        "seconds": sum(run["seconds"] for run in runs),
-        "versions": {name: version(name) for name in ("verl_avar", "openai", "pyarrow", "math-verify")},
-        "attention": attention,
-    }
-
-
-def _stage(config: DictConfig, stage: str, totals: Counter, runs: list[dict]) -> dict:
-    settings = config.stages[stage]
-    counts = sum((_counts(run, settings.endpoint, stage) for run in runs), Counter())
-    requests, _ = counts.pop("requests", 0), counts.pop("answers", 0)
-    return {
-        "model": settings.model,
-        "endpoint": config.endpoints[settings.endpoint].base_url,
-        "prompt": "built in" if settings.prompt is None else Path(settings.prompt).name,
-        "prompt_sha256": template_hash(settings.prompt, stage),
-        "sampling": OmegaConf.to_container(settings.sampling),
-        "candidates": settings.candidates,
-        "keep": settings.keep,
-        "requests": requests,
-        "retries": dict(counts),
-        **{name: totals[name] for name in ("calls", "prompt_tokens", "completion_tokens", "cost", "seconds")},
-    }
-
-
-def _endpoint(config: DictConfig, name: str, runs: list[dict]) -> dict:
-    """Requests of all runs and the rate that they were sent at, beside the rate that the config states."""
-    requests = sum(_counts(run, name, stage)["requests"] for run in runs for stage in STAGES)
-    seconds = sum(run["endpoints"].get(name, {"seconds": 0.0})["seconds"] for run in runs)
-    return {
-        "base_url": config.endpoints[name].base_url,
-        "requests": requests,
-        "requests_per_minute": 60 * requests / seconds if seconds else None,
-        "stated_requests_per_minute": config.endpoints[name].requests_per_minute,
-    }
-
-
-def _counts(run: dict, endpoint: str, stage: str) -> Counter:
-    return Counter(run["endpoints"].get(endpoint, {"stages": {}})["stages"].get(stage, {}))
 
 
 def _write(path: Path, text: str) -> None:
