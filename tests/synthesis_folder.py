@@ -27,7 +27,7 @@ EXPLAIN = {
     "wrong_answer": "The final answer is not the row's right answer.",
     "leak": "The text speaks of a description, which whoever looks at the image does not have.",
     "few_anchors": "The chain goes back to the image too rarely.",
-    "low_attention": "The student looks at the image less than at that of the rows that were kept.",
+    "attention_low": "The student looks at the image less than at that of the rows that were kept.",
 }
 CHAIN = "<think>The description says that the base is {n}. So the height is {n}. Let me check: yes.</think>"
 ANCHORED = (
@@ -128,7 +128,7 @@ def folder_rows() -> list[tuple[dict, dict, bool]]:
          True),
         (outcome(bare, *r, "anchor", "few_anchors", "1 look at the image, wanted 2",
                  anchored="</think><answer>3</answer><think>Looking at the triangle"), bare, True),
-        (outcome(dull, *r, "attention", "low_attention", "0.25, kept from 0.5", attention=0.25), dull, True),
+        (outcome(dull, *r, "attention", "attention_low", "0.25, kept from 0.5", attention=0.25), dull, True),
         (outcome(waiting, PENDING, chain=None, anchored=None), waiting, True),
     ]  # fmt: skip
 
@@ -150,7 +150,7 @@ def summary_of(made: list[dict]) -> dict:
         "candidates": 1,
         "keep": "first",
         "calls": 11,
-        "retries": {"timeout": 3, "http_429": 1},
+        "retries": {"timeout": 3, "rate_limit": 1},
         "prompt_tokens": 9900,
         "completion_tokens": 3300,
         "cost": 0.011,
@@ -176,7 +176,30 @@ def summary_of(made: list[dict]) -> dict:
         },
         "seconds": 61.5,
         "versions": {"verl_avar": "0.1.0", "openai": "2.1.0"},
-        "attention": {"model": "/home/somebody/student", "accepted_mean": 0.9375, "kept_mean": 1.1667, "low": 0.25},
+        "attention": attention_report(),
+    }
+
+
+def attention_report() -> dict:
+    """The block `attention` of summary.json, of rows with 1.5, 1.25, 0.75 and 0.25, the last of which was left out."""
+    return {
+        "model": "/home/somebody/student",
+        "measure": "made up",
+        "rows": 5,
+        "measured": 4,
+        "not_measured": 1,
+        "kept": 4,
+        "dropped": 1,
+        "keep": 0.75,
+        "weighted": False,
+        "attention": {
+            "before": {"mean": 0.9375},
+            "after": {"mean": 1.1667},
+            "difference": 0.2292,
+            "interval": [0.0625, 0.5],
+        },
+        "words": {"before": {"mean": 25.0}, "after": {"mean": 24.0}, "difference": -1.0, "interval": None},
+        "notes": ["Mean attention rises by construction."],
     }
 
 

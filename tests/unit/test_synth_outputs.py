@@ -176,6 +176,21 @@ def test_a_data_set_of_many_rows_has_several_files(tmp_path, monkeypatch):
     assert datasets.load_dataset(str(made), split="train")["source_row"][:] == kept
 
 
+def test_weights_reach_training_as_repetition(tmp_path):
+    pytest.importorskip("verl_avar.synthesis.selection")
+    weights = iter([0.0, 2.0, 1.0, 1.0])
+    rows = [(one | ({"weight": next(weights)} if one["status"] == ACCEPTED else {}), row, there)
+            for one, row, there in folder_rows()]  # fmt: skip
+    config = write_folder(tmp_path, rows)
+    config.attention.weight = True
+    write_outputs(config, tmp_path)
+    answers = pq.read_table(tmp_path / "sft.parquet").column("answer").to_pylist()
+    assert answers == ["B", "B", "\\frac{9}{2}", "7"]
+    entries = json.loads((tmp_path / "sharegpt" / "data.json").read_text(encoding="utf-8"))
+    assert entries[0]["images"] == entries[1]["images"] and len(entries) == 4
+    assert len(pq.read_table(tmp_path / "rl.parquet")) == 4
+
+
 def test_files_of_two_runs_are_told_apart(tmp_path):
     rows = folder_rows()
     config = write_folder(tmp_path, rows)
@@ -193,6 +208,8 @@ def test_choices_are_listed_unless_the_question_does():
     assert asked(row) == "Which?\nA. red\nB. blue"
     own = {"question": "Which? (A) red (B) blue", "choices": ["red", "blue"]}
     assert asked(own) == own["question"]
+    named = {"question": "Which is longer, AB or BC?", "choices": ["AB", "BC"]}  # the letters are not there
+    assert asked(named).endswith("BC?\nA. AB\nB. BC")
     assert asked({"question": "Why?", "choices": []}) == "Why?"
 
 

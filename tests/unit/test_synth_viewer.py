@@ -68,7 +68,7 @@ def test_hostile_text_is_shown_as_text(page, html):
     assert not [attrs for _, attrs in page.elements if any(name.startswith("on") for name in attrs)]
     sources = [attrs["src"] for _, attrs in page.elements if "src" in attrs]
     assert sources and all(source.startswith("data:image/") for source in sources)
-    assert "http" not in re.sub(r"data:image/[^\"]*|Content-Security-Policy|http-equiv|xmlns|http_429", "", html)
+    assert "http" not in re.sub(r"data:image/[^\"]*|Content-Security-Policy|http-equiv", "", html)
 
 
 def test_the_policy_allows_the_pages_own_script_alone(page, html):
@@ -142,6 +142,8 @@ def test_of_several_places_the_one_nearest_to_the_anchors_position_is_marked():
         assert marks(text, [{"text": "I look", "position": at / len(text)}]) == [(at, at + 6)]
     twice = [{"text": "I look", "position": 0.8}, {"text": "I look", "position": 0.8}]
     assert marks(text, twice) == [(13, 19), (26, 32)]
+    within = "Before. <think>I look. I  look.</think><answer>1</answer>"  # positions count inside <think>
+    assert marks(within, [{"text": "I look", "position": 0.9}]) == [(23, 30)]
     assert marks(text, [{"text": "I peek", "position": 0.1}, {"text": "", "position": 0.1}]) == []
 
 

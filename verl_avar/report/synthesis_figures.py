@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from verl_avar.synthesis.distributions import Distributions
 
 WHERE = {"intake": GREY, "describe": SKY, "reason": ORANGE, "anchor": GREEN, "attention": PURPLE}
-LENGTHS, LOOKS = 30, 24  # bins
+LENGTHS = 30  # bins
 MOST_REASONS = 16  # bars of single reasons; the others share one
 MOST_ANCHORS = 20  # bars of single numbers of anchors
 
@@ -44,7 +44,6 @@ def figures(seen: Distributions, reasons: Mapping[str, Mapping[str, int]]) -> di
         "anchors_per_chain": anchors_per_chain(seen.anchors),
         "anchor_positions": anchor_positions(seen.positions),
         "rejects": rejects(reasons),
-        "attention": attention(seen.attention, seen.attention_rejected),
     }
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
@@ -141,24 +140,6 @@ def rejects(reasons: Mapping[str, Mapping[str, int]]) -> Figure | None:
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.set_xlabel("rejected rows", fontsize=TEXT)
     legend(axes, 3)
-    return figure
-
-
-def attention(kept: Sequence[float], rejected: Sequence[float]) -> Figure | None:
-    """The student's attention to the image over the chain, for rows that were kept and for those it was too low in."""
-    both = np.concatenate([np.asarray(kept), np.asarray(rejected)])
-    both = both[np.isfinite(both)]
-    if not both.size:
-        return None
-    low, high = both.min(), both.max()
-    edges = np.linspace(low, high if high > low else low + 1, LOOKS + 1)
-    figure, (axes,) = panels([3.0])
-    parts = [(rejected, GREY, f"left out ({len(rejected):,})"), (kept, BLUE, f"kept ({len(kept):,})")]
-    values, colours, labels = zip(*[part for part in parts if len(part[0])], strict=True)
-    axes.hist([np.asarray(part) for part in values], edges, stacked=True, color=colours, label=labels)
-    _counts(axes, "rows")
-    axes.set_xlabel("VAS over the chain: attention to the image / system turn", fontsize=TEXT)
-    legend(axes, 2)
     return figure
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from array import array
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,14 +18,12 @@ BINS = 20  # of the chain's length
 
 @dataclass
 class Distributions:
-    """Over accepted rows, but for `attention_rejected`."""
+    """Over accepted rows."""
 
     chain_words: Counter[int] = field(default_factory=Counter)  # chains of that many words, before anchoring
     anchored_words: Counter[int] = field(default_factory=Counter)
     anchors: Counter[int] = field(default_factory=Counter)  # chains with that many anchors
     positions: list[int] = field(default_factory=lambda: [0] * BINS)  # anchors in each twentieth of the chain
-    attention: array = field(default_factory=lambda: array("d"))  # VAS over the chain, of rows where it was measured
-    attention_rejected: array = field(default_factory=lambda: array("d"))
 
 
 def words(text: str) -> int:
@@ -37,16 +34,12 @@ def words(text: str) -> int:
 def distributions(out: Path) -> Distributions:
     """The distributions of a run's folder."""
     seen = Distributions()
-    for outcome in outcomes(out, ["status", "stage", "chain", "anchored", "anchors", "attention"]):
+    for outcome in outcomes(out, ["status", "chain", "anchored", "anchors"]):
         if outcome["status"] != ACCEPTED:
-            if outcome["attention"] is not None and outcome["stage"] == "attention":
-                seen.attention_rejected.append(outcome["attention"])
             continue
         seen.chain_words[words(outcome["chain"] or "")] += 1
         seen.anchored_words[words(outcome["anchored"] or "")] += 1
         seen.anchors[len(outcome["anchors"] or ())] += 1
         for anchor in outcome["anchors"] or ():
             seen.positions[min(BINS - 1, int(BINS * anchor["position"]))] += 1
-        if outcome["attention"] is not None:
-            seen.attention.append(outcome["attention"])
     return seen

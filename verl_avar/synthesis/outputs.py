@@ -14,8 +14,9 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 import pyarrow as pa
@@ -44,6 +45,9 @@ def write_outputs(config: Any, out: Path) -> dict[str, Path]:
     dataset   a folder for `datasets.load_dataset`: the rows with the texts of the three stages
     rejected  rejected.jsonl: every rejected row with its reason and its texts, without images
 
+    Where attention weights rows (`attention.weight`), sft and sharegpt have each row as often as its weight says, once
+    on average: verl's loss knows no weight of a row.
+
     Without an accepted row only `rejected` is written, and earlier data files are removed. Raises ConfigError where
     rows.parquet and outcomes.parquet don't belong together.
     """
@@ -55,11 +59,11 @@ def write_outputs(config: Any, out: Path) -> dict[str, Path]:
         if name not in config.outputs or not rows:
             remove(path)
         elif name == "sft":
-            write(path, SFT, (_sft(outcome, row, config.system) for outcome, row in accepted(out)))
+            write(path, SFT, (_sft(outcome, row, config.system) for outcome, row in _weighted(config, out)))
         elif name == "rl":
             write(path, RL_SCHEMA, (_rl(i, row, config.system) for i, (_, row) in enumerate(accepted(out))))
         elif name == "sharegpt":
-            _sharegpt(path, config.name, config.system, out)
+            _sharegpt(path, config.name, config.system, _weighted(config, out))
         else:
             _dataset(path, rows, out)
         if path.exists():
@@ -69,11 +73,10 @@ def write_outputs(config: Any, out: Path) -> dict[str, Path]:
 
 def asked(row: dict) -> str:
     """The user's turn: the question, and its choices by letter where the question does not list them itself."""
-    question = row["question"]
-    if all(choice in question for choice in row["choices"]):
+    question, choices = row["question"], list(zip(ascii_uppercase, row["choices"], strict=False))
+    if all(re.search(rf"(?<!\w){letter}\s*[.):]\s*{re.escape(text)}", question) for letter, text in choices):
         return question
-    listed = "\n".join(f"{chr(ord('A') + index)}. {choice}" for index, choice in enumerate(row["choices"]))
-    return f"{question}\n{listed}"
+    return question + "".join(f"\n{letter}. {text}" for letter, text in choices)
 
 
 def without_media(text: str) -> str:
@@ -116,11 +119,21 @@ def _rl(index: int, row: dict, system: str) -> dict:
     }
 
 
-def _sharegpt(path: Path, name: str, system: str, out: Path) -> None:
+def _weighted(config: Any, out: Path) -> Iterator[tuple[dict, dict]]:
+    """Accepted rows, each as often as its weight says where attention weights them."""
+    if not config.attention.weight:
+        return accepted(out)
+    from verl_avar.synthesis.selection import resample
+
+    statuses = outcomes(out, ["status", "weight"])
+    return resample(accepted(out), [one["weight"] for one in statuses if one["status"] == ACCEPTED], config.seed)
+
+
+def _sharegpt(path: Path, name: str, system: str, rows: Iterable[tuple[dict, dict]]) -> None:
     """`data.json` names its images relative to the folder, which is what LLaMA-Factory takes for `media_dir`."""
     with _whole(path) as folder, (folder / "data.json").open("w", encoding="utf-8") as file:
         (folder / "images").mkdir()
-        for number, (outcome, row) in enumerate(accepted(out)):
+        for number, (outcome, row) in enumerate(rows):
             files = []
             for index, image in enumerate(row["images"]):
                 files.append(f"images/{row['id']}_{index}.{_format(image['bytes'])}")

@@ -10,16 +10,17 @@ from pathlib import Path
 
 from verl_avar.evaluation.scoring import FORMAT, TAGS, is_well_formed
 from verl_avar.synthesis.joined import key, outcomes
-from verl_avar.synthesis.outcomes import ACCEPTED, STAGES
+from verl_avar.synthesis.outcomes import ACCEPTED, PENDING, REJECTED, STAGES
 
 ORDER = ("intake", *STAGES, "attention")
 Group = tuple[str, str | None, str | None]  # status, stage, reason
 Piece = tuple[str, str]  # "text", "anchor" or "tag", and its characters
+_THINKING = re.compile(r"<think>(.*?)(?:</think>|$)", re.DOTALL)
 _TAG = re.compile("|".join(map(re.escape, TAGS)))
 
 
 def choose(out: Path, count: int, seed: int) -> dict[tuple[str, int], Group]:
-    """At most `count` source rows by key, spread evenly over the accepted ones, each reason of a stage, and the pending.
+    """At most `count` source rows by key, spread evenly over the accepted ones, each stage's reasons, and the pending.
 
     Within a group the seed decides, by a hash of the row's key: the same rows are chosen whatever their order.
     """
@@ -58,7 +59,7 @@ def _place(group: Group, size: int) -> tuple:
     """Accepted rows first, then the reasons by stage and the frequent ones before the rare, pending rows last."""
     status, stage, reason = group
     stages = ORDER.index(stage) if stage in ORDER else len(ORDER)
-    return (("accepted", "rejected").index(status) if status != "pending" else 2, stages, -size, reason or "")
+    return (ACCEPTED, REJECTED, PENDING).index(status), stages, -size, reason or ""
 
 
 def divided(text: str, anchors: Sequence[dict] = ()) -> list[tuple[str, list[Piece]]]:
@@ -81,16 +82,21 @@ def divided(text: str, anchors: Sequence[dict] = ()) -> list[tuple[str, list[Pie
 def marks(text: str, anchors: Sequence[dict]) -> list[tuple[int, int]]:
     """Where the anchors {text, position} stand: (start, end), in order, none over another.
 
-    Of several places with an anchor's words, the free one nearest to its position. Words that are nowhere are left out.
+    Of several places with an anchor's words, the free one nearest to its position, a share of what <think> holds. White
+    space may be another. Words that are nowhere are left out.
     """
+    thinking = _THINKING.search(text)
+    start, end = thinking.span(1) if thinking else (0, len(text))
     found: list[tuple[int, int]] = []
     for anchor in anchors:
-        if not anchor["text"]:
+        words = r"\s+".join(map(re.escape, anchor["text"].split()))
+        if not words:
             continue
-        places = [(m.start(), m.end()) for m in re.finditer(re.escape(anchor["text"]), text)]
+        places = [match.span() for match in re.finditer(words, text)]
         free = [place for place in places if all(place[1] <= a or place[0] >= b for a, b in found)]
         if free:
-            found.append(min(free, key=lambda place: abs(place[0] - anchor["position"] * len(text))))
+            wanted = start + anchor["position"] * (end - start)
+            found.append(min(free, key=lambda place, wanted=wanted: abs(place[0] - wanted)))
     return sorted(found)
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from verl_avar.data.schema import IMAGE
-from verl_avar.synthesis.joined import joined, key, summary_of
+from verl_avar.synthesis.joined import joined, key, outcomes
 from verl_avar.synthesis.outcomes import ACCEPTED, STAGES, TEXTS
 from verl_avar.synthesis.samples import choose, divided
 
@@ -52,7 +53,6 @@ def write_viewer(config: Any, out: Path, explain: Mapping[str, str] | None = Non
 
     out = Path(out)
     explain = explanations(explain)
-    summary = summary_of(out)
     chosen = choose(out, config.viewer_rows, config.seed)
     order = {one: place for place, one in enumerate(chosen)}
     samples: list[dict | None] = [None] * len(order)
@@ -64,8 +64,8 @@ def write_viewer(config: Any, out: Path, explain: Mapping[str, str] | None = Non
     return write_page(
         "synthesis_page.html",
         page,
-        name=summary["name"],
-        summary=summary,
+        name=config.name,
+        rows=Counter(outcome["status"] for outcome in outcomes(out, ["status"])),
         samples=samples,
         filters={
             what: list(dict.fromkeys(s[what] for s in samples if s[what])) for what in ("status", "reason", "source")
