@@ -1,6 +1,7 @@
 """The training data of a run: what each layout holds, that its readers take it, and that rejects are kept."""
 
 import json
+import os
 
 import datasets
 import pyarrow as pa
@@ -189,6 +190,15 @@ def test_weights_reach_training_as_repetition(tmp_path):
     entries = json.loads((tmp_path / "sharegpt" / "data.json").read_text(encoding="utf-8"))
     assert entries[0]["images"] == entries[1]["images"] and len(entries) == 4
     assert len(pq.read_table(tmp_path / "rl.parquet")) == 4
+
+
+def test_rows_are_read_a_few_at_a_time(tmp_path):
+    rows = many_rows(160)
+    write_folder(tmp_path, [(one, row | {"images": [{"bytes": os.urandom(200_000)}]}, True) for one, row, _ in rows])
+    before, most = pa.total_allocated_bytes(), 0
+    for _ in joined(tmp_path):
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert (tmp_path / "rows.parquet").stat().st_size > 30_000_000 and 0 < most < 16_000_000
 
 
 def test_files_of_two_runs_are_told_apart(tmp_path):

@@ -23,8 +23,7 @@ def summary_of(out: Path) -> dict:
 
 def outcomes(out: Path, columns: Sequence[str] | None = None) -> Iterator[dict]:
     """Rows of outcomes.parquet in their order; `columns`: only these."""
-    for batch in _parquet(Path(out) / OUTCOMES).iter_batches(batch_size=8 * BATCH, columns=columns):
-        yield from batch.to_pylist()
+    return _read(Path(out) / OUTCOMES, columns)
 
 
 def joined(out: Path) -> Iterator[tuple[dict, dict | None]]:
@@ -33,7 +32,7 @@ def joined(out: Path) -> Iterator[tuple[dict, dict | None]]:
     Both files have the order of the sources, so that one pass over each is enough. Raises ConfigError where a row of
     rows.parquet has no outcome.
     """
-    rows = _rows(out)
+    rows = _read(Path(out) / ROWS)
     row = next(rows, None)
     for outcome in outcomes(out):
         if row is not None and key(row) == key(outcome):
@@ -65,17 +64,15 @@ def key(row: dict) -> tuple[str, int]:
     return row["source"], row["source_row"]
 
 
-def _rows(out: Path) -> Iterator[dict]:
-    for batch in _parquet(Path(out) / ROWS).iter_batches(batch_size=BATCH):
-        yield from batch.to_pylist()
-
-
-def _parquet(path: Path):
+def _read(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        return pq.ParquetFile(path)
+        # With pre_buffer, pyarrow's default, the whole file is in memory at the end.
+        with pq.ParquetFile(path, pre_buffer=False) as file:
+            for batch in file.iter_batches(batch_size=BATCH, columns=columns):
+                yield from batch.to_pylist()
     except FileNotFoundError:
         raise ConfigError(f"no file {path}; `avar synth run` writes it") from None
     except pa.ArrowInvalid as error:
