@@ -126,6 +126,16 @@ def test_the_report_says_what_selection_changes(rows, weight):
     assert found["by_task"] == []
 
 
+def test_the_report_says_when_the_mix_of_tasks_changes():
+    table = pd.DataFrame({"id": range(8), "attention": np.arange(8) / 8, "words": 9, "anchors": 2, "source": "s"})
+    table = selected(table.assign(task=["a", "a", "a", "b", "a", "b", "b", "b"]), 0.5, False)
+    # Of the upper half one is of task a, of which there are four in all, and three are of task b.
+    found = report(table, 0.5, False, resamples=100)
+    assert [(group["name"], group["kept_share"]) for group in found["by_task"]] == [("a", 0.25), ("b", 0.75)]
+    assert "The mix of tasks changes: of a 25% are kept, of b 75%." in found["notes"]
+    assert not any("sources" in note for note in found["notes"])
+
+
 def test_the_interval_of_the_difference_holds_what_new_samples_give():
     """Of 40 samples of one population the 95 % interval must hold the true difference nearly always."""
     rng, hits = np.random.default_rng(0), 0

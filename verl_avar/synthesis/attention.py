@@ -103,7 +103,7 @@ def stored(parts: Path) -> tuple[Attention, set[str]]:
 
     known, done = Attention(), set()
     for part in sorted(parts.glob("part-*.parquet")):
-        for record in pq.read_table(part).to_pylist():
+        for record in pq.ParquetFile(part).read().to_pylist():
             found = Measurement(**record)
             known.add(found)
             if found.final:

@@ -30,9 +30,10 @@ def figure(rows: pd.DataFrame, found: dict) -> Figure:
         color=[colour for _, colour, *_ in series],
         label=[label for *_, label in series],
     )
-    for when, style in (("before", ":"), ("after", "-")):
+    after = "after, weighted" if found["weighted"] else "after"
+    for when, style, words in (("before", ":", "before"), ("after", "-", after)):
         mean = found["attention"][when]["mean"]
-        spread.axvline(mean, color=BLACK, linestyle=style, linewidth=1.8, label=f"mean {when}: {mean:.3f}")
+        spread.axvline(mean, color=BLACK, linestyle=style, linewidth=1.8, label=f"mean {words}: {mean:.3f}")
     spread.set_ylabel("chains", fontsize=TEXT)
     spread.set_xlabel("attention to the image, of that to image and system turn", fontsize=TEXT)
     legend(spread, 2)

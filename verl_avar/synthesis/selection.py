@@ -20,6 +20,8 @@ import pandas as pd
 RESAMPLES = 1000
 DRAWN = 20_000_000  # rows drawn by a bootstrap in all: beyond 20,000 rows there are fewer resamples
 FEWEST = 100  # resamples
+NOISE = 1e-12  # what rounding makes of an interval without width
+UNEVEN = 2.0  # kept shares of groups that differ by this factor are worth a word
 QUANTILES = (0.05, 0.25, 0.75, 0.95)
 MEASURE = "share of the response's attention to image and system turn that goes to the image: mean of v / (v + s)"
 
@@ -149,7 +151,7 @@ def _intervals(values: np.ndarray, keep: float, weight: bool, resamples: int, se
         weights = top[:, 0] if weight and top[:, 0].sum() > 0 else None
         differences.append(np.average(top, axis=0, weights=weights) - drawn.mean(0))
     bounds = np.quantile(np.array(differences), [0.025, 0.975], axis=0).T
-    return [[float(low), float(high)] if high > low else None for low, high in bounds]
+    return [[float(low), float(high)] if high - low > NOISE else None for low, high in bounds]
 
 
 def spearman(first: np.ndarray, second: np.ndarray) -> float | None:
@@ -186,7 +188,9 @@ def _groups(rows: pd.DataFrame, column: str) -> list[dict]:
 
 
 def _notes(found: dict) -> list[str]:
-    notes = ["Mean attention rises by construction: the interval says how much, not whether it does any good."]
+    notes = []
+    if found["dropped"] or found["weighted"]:
+        notes.append("Mean attention rises by construction: the interval says how much, not whether it does any good.")
     rho, alone = found["spearman"]["words"], found["by_words_alone"]
     if rho is not None:
         kind = "longer" if rho > 0 else "shorter"
@@ -196,6 +200,13 @@ def _notes(found: dict) -> list[str]:
             f"changes the mean chain by {change:+.1f} words. Picking the {kind} chains alone would change attention by "
             f"{alone or 0:+.4f}, of {found['attention']['difference']:+.4f}."
         )
+    for column in ("source", "task"):
+        groups = found[f"by_{column}"]
+        if len(groups) > 1 and groups[-1]["kept_share"] > UNEVEN * groups[0]["kept_share"]:
+            least, most = ((group["name"], group["kept_share"]) for group in (groups[0], groups[-1]))
+            notes.append(
+                f"The mix of {column}s changes: of {least[0]} {least[1]:.0%} are kept, of {most[0]} {most[1]:.0%}."
+            )
     if found["not_measured"]:
         notes.append(f"Rows that could not be measured are kept with weight 1: {found['not_measured']}.")
     return notes
