@@ -15,8 +15,9 @@ from omegaconf import OmegaConf
 
 from verl_avar.data.schema import ROWS
 from verl_avar.errors import ConfigError
+from verl_avar.synthesis import ray_data
 from verl_avar.synthesis.config import Budget, Endpoint
-from verl_avar.synthesis.ray_data import _blocks, _read, _start, divided, run_on_ray
+from verl_avar.synthesis.ray_data import _blocks, _read, divided, run_on_ray
 
 N = 23
 
@@ -81,7 +82,7 @@ def write_down(config, out, rows, writer):
             marker.unlink()
             os.kill(os.getpid(), signal.SIGKILL)
         if (out / "refuse").exists() and row["source_row"] == 12:
-            raise ConfigError("no key in OPENAI_API_KEY\nof row 12")
+            raise ConfigError("no key in OPENAI_API_KEY")
         line = {"row": row["source_row"], "image": row["images"][0]["bytes"][0], "pid": os.getpid()}
         line |= {"concurrency": config.endpoints.one.concurrency, "tokens": config.budget.tokens}
         with (out / "calls" / f"{writer}.jsonl").open("a") as shard:
@@ -95,23 +96,33 @@ def lines(out):
     }
 
 
+def test_a_run_that_is_asked_to_stop_ends_with_the_block_at_hand(out, monkeypatch):
+    monkeypatch.setattr(ray_data, "_start", lambda address, workers: None)
+    monkeypatch.setattr(ray_data, "_results", lambda *given: iter([(3, {"accepted": 3}), (3, {"accepted": 3})]))
+    told = []
+    counts = run_on_ray(settings(), out, write_down, progress=told.append, stopped=lambda: len(told) == 1)
+    assert counts == {"accepted": 3} and told == [3]
+
+
 def drive(out):
-    """Three runs, in a process of its own; prints what they said. The second and the third share a Ray."""
+    """Three runs on the Ray that the first one starts, in a process of its own; prints what they said."""
     import psutil
 
-    told, listening = [], set()
+    told, listening, shutdowns = [], set(), []
 
     def progress(rows):
+        import ray  # not before the run, which keeps it to the loopback
+
+        if not told:
+            shutdowns.append(ray.shutdown)
+            ray.shutdown = lambda: None  # the other runs have the same Ray
         told.append(rows)
-        for process in psutil.Process().children(recursive=True):
-            listening.update(c.laddr.ip for c in process.net_connections("tcp") if c.status == "LISTEN")
+        ours = {process.pid for process in psutil.Process().children(recursive=True)}
+        found = [c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.pid in ours]
+        listening.update(c.laddr.ip for c in found)
 
     first = run_on_ray(settings(tokens=1000), out, write_down, None, 2, block=3, progress=progress)
     shards = lines(out)
-    import ray  # not before the first run, which keeps it to the loopback
-
-    assert not ray.is_initialized()
-    _start(None, 2)
     (out / "die").touch()
     second = run_on_ray(settings(), out, write_down, None, 2, block=3)
     (out / "refuse").touch()
@@ -119,7 +130,7 @@ def drive(out):
         run_on_ray(settings(), out, write_down, None, 2, block=3)
     except ConfigError as error:
         refusal = str(error)
-    ray.shutdown()
+    shutdowns[0]()
     print(json.dumps([first, told, sorted(listening), shards, second, refusal]))
 
 
@@ -133,11 +144,17 @@ def test_all_rows_run_once_a_dead_worker_is_replaced_and_a_refusal_is_one_line(o
     written = [line for shard in shards.values() for line in shard]
     assert sorted(line["row"] for line in written) == list(range(N))
     assert all(line["image"] == line["row"] and line["concurrency"] == 8 for line in written)
-    assert 1 <= len(shards) <= 2 and all(re.fullmatch(r"ray-[0-9a-f]{8}\.jsonl", name) for name in shards)
-    for shard in shards.values():  # of one process; its budget of 500 sinks by what its blocks spent
-        assert len({line["pid"] for line in shard}) == 1
-        left = list(dict.fromkeys(line["tokens"] for line in shard))
-        assert left[0] == 500 and left == sorted(left, reverse=True) and 500 - left[-1] <= 10 * len(shard)
+    workers = {}  # by process, the lines of each of its blocks in order
+    for name, shard in shards.items():
+        worker, number = re.fullmatch(r"(ray-[0-9a-f]{8})-(\d+)\.jsonl", name).groups()
+        workers.setdefault(worker, {})[int(number)] = shard
+    assert 1 <= len(workers) <= 2 and len(shards) == 9
+    for blocks in workers.values():
+        assert len({line["pid"] for shard in blocks.values() for line in shard}) == 1
+        left = 500  # half the budget, less 10 for every row that this worker had
+        for number in range(len(blocks)):
+            assert {line["tokens"] for line in blocks[number]} == {left}
+            left -= 10 * len(blocks[number])
     assert second["accepted"] == N and not (out / "die").exists()
     rows = {line["row"] for name, shard in lines(out).items() if name not in shards for line in shard}
     assert rows == set(range(N))

@@ -20,11 +20,11 @@ from verl_avar.evaluation.rows import read_rows
 from verl_avar.evaluation.vas_run import Settings, measure_rows
 from verl_avar.miniature import base_path
 from verl_avar.miniature.tasks import SYSTEM, TASKS, draw_sample
-from verl_avar.synthesis import attention
-from verl_avar.synthesis.attention import Chain, folder, score, stored
-from verl_avar.synthesis.attention_step import apply
+from verl_avar.synthesis import student
+from verl_avar.synthesis.attention import apply
 from verl_avar.synthesis.config import Attention
 from verl_avar.synthesis.outcomes import OUTCOMES
+from verl_avar.synthesis.student import Chain, folder, score, stored
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +52,14 @@ def checkpoint():
 @pytest.fixture
 def counted(monkeypatch, checkpoint):
     """The student, loaded once, and the texts that it was shown."""
-    shown, measure = [], attention._measure
+    shown, measure = [], student._measure
 
     def note(student, batch):
         shown.extend(chain.text for chain in batch)
         return measure(student, batch)
 
-    monkeypatch.setattr(attention, "_load", lambda model, device: checkpoint)
-    monkeypatch.setattr(attention, "_measure", note)
+    monkeypatch.setattr(student, "_load", lambda model, device: checkpoint)
+    monkeypatch.setattr(student, "_measure", note)
     return shown
 
 
@@ -119,7 +119,7 @@ def test_a_rerun_measures_only_what_is_missing_and_passes_over_half_a_file(tmp_p
 
 
 def test_a_killed_run_loses_at_most_the_batch_in_flight(tmp_path, chains, counted, monkeypatch):
-    measure = attention._measure
+    measure = student._measure
 
     def killed(student, batch):
         if len(counted) == 4:
@@ -127,7 +127,7 @@ def test_a_killed_run_loses_at_most_the_batch_in_flight(tmp_path, chains, counte
         return measure(student, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(attention, "_measure", killed)
+        patch.setattr(student, "_measure", killed)
         with pytest.raises(KeyboardInterrupt):
             score(base_path(), chains, tmp_path, batch_size=2)
     assert len(stored(folder(tmp_path, base_path()))[1]) == 4
@@ -157,7 +157,7 @@ def test_a_failure_of_the_machine_is_tried_again(tmp_path, chains, counted, monk
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(attention, "_measure", fails)
+        patch.setattr(student, "_measure", fails)
         assert "out of memory" in score(base_path(), chains[:1], tmp_path).problems[chains[0].key]
     known = score(base_path(), chains[:1], tmp_path)
     assert not known.problems and chains[0].key in known.shares

@@ -1,4 +1,4 @@
-"""The same stages on several machines: Ray Data hands blocks of OUT/rows.parquet to workers, each with its own shard.
+"""The same stages on several machines: Ray Data hands blocks of OUT/rows.parquet to workers with shards of their own.
 
 OUT is a folder that all nodes see under the same path. Only numbers travel through Ray: a worker reads its rows from
 OUT/rows.parquet itself. Each node's environment must hold the API keys that the config names, for Ray keeps and logs
@@ -7,9 +7,9 @@ what it is told to set there.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
+import pickle
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,7 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_avar.errors import ConfigError
 
-BLOCK = 64  # rows that a worker gets at a time
+BLOCK = 256  # rows that a worker gets at a time
+READ = 64  # rows read at a time
 RESTARTS = 3  # of a worker that died, and tries of a block that a death interrupted
 LOCAL = (None, "local")
 # Keeps a Ray of one machine to the loopback on any system, where it is set before ray is imported; `_node_ip_address`
@@ -69,18 +70,19 @@ def run_on_ray(
     spent_cost: float = 0.0,
     block: int = BLOCK,
     progress: Callable[[int], Any] = lambda done: None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> dict:
     """Runs `run_block` on all rows of OUT/rows.parquet, in blocks, by `workers` actors; returns the sums of its counts.
 
     run_block: (config, out, rows, writer's name) -> counts, to be imported by its name on every node. The config is the
     worker's part (`divided`), its budget what this worker may still spend, nothing stored counted: of the counts,
-    `tokens` and `cost` are taken off before the worker's next block. The writer's name belongs to one process for as
-    long as it lives: no other appends to its shard. address: of a running cluster, or "auto"; None or "local" starts
-    one on this machine, on the loopback unless ray was imported before, which ends with the run. progress: told the
-    rows of each finished block.
+    `tokens` and `cost` are taken off before the worker's next block. The writer's name is the block's own, of each
+    time that it is tried: nobody else appends to its shard. address: of a running cluster, or "auto"; None or "local"
+    starts one on this machine, on the loopback unless ray was imported before, which ends with the run. progress: told
+    the rows of each finished block. stopped: asked after each block whether to end here, with what was stored so far.
 
     A worker that dies is started again, and its block done again, which makes only the calls that are missing; its
-    budget starts afresh. Raises ConfigError where a worker did, and RuntimeError, in one line, for any other end.
+    budget starts afresh. Raises what `run_block` raised, and RuntimeError, in one line, where Ray itself failed.
     """
     part = divided(config, workers, spent_tokens, spent_cost)
     out = Path(out).resolve()
@@ -100,34 +102,46 @@ def run_on_ray(
         counts = Counter()
         settings = OmegaConf.to_container(part)
         for result in _results(blocks, (settings, str(out), run_block), workers):
-            progress(result.pop("rows"))
-            counts.update(result.pop("counts"))
+            if isinstance(result, Exception):
+                raise result
+            rows, found = result
+            progress(rows)
+            counts.update(found)
+            if stopped():
+                break
         return dict(counts)
-    except RayError as error:
-        raise _worded(error) from error
+    except RayError as error:  # its whole text carries the stacks of every process on the way
+        text = " ".join(str(error).split("\n")[0].split())
+        raise RuntimeError(f"Ray ended the run: {type(error).__name__}: {text}") from error
     finally:
         if started:
             ray.shutdown()
 
 
 class Worker:
-    """An actor of Ray Data: its own part of the limits, its own shard."""
+    """An actor of Ray Data: its own part of the limits, its own shards."""
 
     def __init__(self, settings: dict, out: str, run_block: RunBlock):
         self.config = OmegaConf.create(settings)
         self.out = Path(out)
         self.run_block = run_block
-        self.writer = f"ray-{secrets.token_hex(4)}"
+        self.name = f"ray-{secrets.token_hex(4)}"  # of this process: one that replaces it has another
+        self.blocks = 0
 
     def __call__(self, batch: dict) -> dict:
         results = []
         for group, first, rows in zip(batch["group"], batch["first"], batch["rows"], strict=True):
             table = _read(self.out / "rows.parquet", int(group), int(first), int(rows))
-            counts = dict(self.run_block(self.config, self.out, table, self.writer))
+            try:
+                counts = dict(self.run_block(self.config, self.out, table, f"{self.name}-{self.blocks}"))
+            except Exception as error:  # raised again by `run_on_ray`: on its own way Ray would rewrite it
+                results.append(pickle.dumps(error))
+                break
+            self.blocks += 1
             for kind in SPENT:
                 if self.config.budget[kind] is not None:
                     self.config.budget[kind] = max(0, self.config.budget[kind] - counts.get(kind, 0))
-            results.append(json.dumps({"rows": int(rows), "counts": counts}))
+            results.append(pickle.dumps((int(rows), counts)))
         return {"result": results}
 
 
@@ -148,7 +162,7 @@ def _read(path: Path, group: int, first: int, rows: int) -> list[dict]:
 
     with pq.ParquetFile(path, pre_buffer=False) as file:
         found, place = [], 0
-        for batch in file.iter_batches(BLOCK, row_groups=[group]):
+        for batch in file.iter_batches(READ, row_groups=[group]):
             start, stop = max(first - place, 0), min(first + rows - place, batch.num_rows)
             if start < stop:
                 found += batch.slice(start, stop - start).to_pylist()
@@ -158,12 +172,12 @@ def _read(path: Path, group: int, first: int, rows: int) -> list[dict]:
     return found
 
 
-def _results(blocks: list[dict], arguments: tuple, workers: int) -> Iterator[dict]:
+def _results(blocks: list[dict], arguments: tuple, workers: int) -> Iterator[tuple[int, dict] | Exception]:
+    """Rows and counts of each block as it ends, or what ended it."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # the run has its own
-    context.raise_original_map_exception = True
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # an error is raised, and worded, here
     data = ray.data.from_items(blocks, override_num_blocks=len(blocks)).map_batches(
         Worker,
@@ -175,7 +189,7 @@ def _results(blocks: list[dict], arguments: tuple, workers: int) -> Iterator[dic
         max_task_retries=RESTARTS,
     )
     for row in data.iter_rows():
-        yield json.loads(row["result"])
+        yield pickle.loads(row["result"])
 
 
 def _start(address: str | None, workers: int) -> None:
@@ -196,14 +210,3 @@ def _start(address: str | None, workers: int) -> None:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:
         raise ConfigError(f"no Ray cluster at {address}: {' '.join(str(error).split())}") from error
-
-
-def _worded(error: Exception) -> Exception:
-    """What ended the run, in one line: Ray's own texts carry the stacks of every process on the way."""
-    cause: BaseException = error
-    while inner := (getattr(cause, "cause", None) or cause.__cause__):
-        cause = inner
-    text = " ".join(str(cause).split("\n")[0].split()) or type(cause).__name__
-    if isinstance(cause, ConfigError):
-        return ConfigError(text)
-    return RuntimeError(f"a worker on Ray ended the run: {type(cause).__name__}: {text}")
