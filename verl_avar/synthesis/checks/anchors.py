@@ -91,7 +91,7 @@ boa ske leg axi axe pan re
 """
 _TRIGGERS = frozenset(_BEGINNINGS.split())
 _LETTERS = re.compile(r"[a-z]+")
-_END = re.compile(r"[.!?][\"')*]{0,3}\s+|[。！？；]|;\s|\n+")
+_END = re.compile(r"(?<![ie]\.[eg])(?<!\b[Ff]ig)[.!?][\"')*]{0,3}\s+|[。！？；]|;\s|\n+")
 _LONGEST = 1000  # characters of a sentence that are searched
 
 
