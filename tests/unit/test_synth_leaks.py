@@ -36,6 +36,14 @@ LEAKS = [
     "Per the description, M is the midpoint.",
     "My description lists four sectors.",
     "The captions confirm that.",
+    "The image is described as showing three dogs.",
+    "From what's described, the angle is right.",
+    "It's described that the boy holds a kite.",
+    "So the image description in the question says AB = 5.",
+    "The image, as described, shows a cat.",
+    "Based on the textual information, x is 5.",
+    "Without the image, I rely on these words.",
+    "The user provided a description of a chart.",
     "根据描述，三角形是等腰的。",
     "描述中提到红色的圆在左边。",
     "图片描述显示有三个球。",
@@ -66,6 +74,12 @@ INNOCENT = [
     "I can't see the image of the candle behind the mirror... it is virtual.",
     "A non-descript grey box stands at the left.",
     "Light falls on the lens as the figure shows, so the text book formula holds.",
+    "This process is described as mitosis.",
+    "I see a poster with a description of the museum beside the door.",
+    "The sign gives a description of a castle.",
+    "If no picture is given for B, we skip it.",
+    "The best description of the trend is linear growth.",
+    "The text in the speech bubble says hello.",
     "函数图像描述了速度的变化。",
     "题目描述中说AB等于AC。",
     "看图，圆在左边，说明半径是5。",
@@ -88,6 +102,11 @@ def test_a_question_about_descriptions_lets_them_be_named_but_not_be_the_source(
     assert find_leak("The first of these descriptions fits.", asked) is None
     assert find_leak("The first of these descriptions fits.", "What is x?")
     assert find_leak("According to the description, it sleeps.", asked)
+
+
+def test_a_question_about_a_caption_lets_it_be_quoted():
+    assert find_leak("The caption says harbour.", "Read the caption under the photo.") is None
+    assert find_leak("The caption says harbour.", "Where is this?")
 
 
 def test_a_question_with_a_passage_lets_the_text_be_named():

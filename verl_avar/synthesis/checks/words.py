@@ -136,15 +136,16 @@ _HAN_TEXT = re.compile(f"[{HAN}]+")
 
 def content_words(text: str) -> set[str]:
     """What a text names: words without `STOP`, plurals made singular; numbers; pairs of Chinese characters."""
-    names = {
-        singular(word)
-        for word in (token.lower().replace("’", "'") for token in words(text))
-        if (len(word) > 1 or word.isdigit()) and word not in STOP
-    }
+    names = set(map(_name, words(text.lower().replace("’", "'")))) - {""}
     if not text.isascii():
         for run in _HAN_TEXT.findall(_HAN_STOP.sub(" ", text)):
             names.update(run[i : i + 2] for i in range(len(run) - 1))
     return names
+
+
+@functools.lru_cache(maxsize=65536)
+def _name(word: str) -> str:
+    return singular(word) if (len(word) > 1 or word.isdigit()) and word not in STOP else ""
 
 
 def singular(word: str) -> str:
