@@ -3,6 +3,7 @@
 import pytest
 from synthesis_chains import BAD, GOOD
 
+from verl_avar.synthesis.checks import Context
 from verl_avar.synthesis.checks.settings import AnchorChecks, TextChecks
 from verl_avar.synthesis.checks.stages import check, find_anchors
 
@@ -39,3 +40,20 @@ def test_looks_of_a_chain_worked_by_hand():
 def test_descriptions_pass_the_default_checks(name):
     context, _ = GOOD[name]
     assert check("describe", context.description, "stop", context, TextChecks()) is None
+
+
+def test_a_chinese_chain_and_its_leak():
+    context = Context(
+        "十字是什么颜色？", "蓝色", description="左上角有一个红色圆形，正中间有一个蓝色十字。", chain=None
+    )
+    thoughts = (
+        "先看图，左上角是一个红色圆形。题目问的是十字的颜色，所以需要找到十字的位置，再判断它的颜色，不能与圆形混淆。"
+        "让我再看一下图像，正中间的十字是蓝色的，因此答案是蓝色。"
+    )
+    settings = AnchorChecks(scripts=["han"])
+    assert check("anchor", f"<think>{thoughts}</think><answer>蓝色</answer>", "stop", context, settings) is None
+    leak = thoughts.replace("先看图", "根据描述")
+    assert check("anchor", f"<think>{leak}</think><answer>蓝色</answer>", "stop", context, settings).reason == "leak"
+    assert check(
+        "anchor", f"<think>{thoughts}</think><answer>蓝色</answer>", "stop", context, AnchorChecks()
+    ).reason == ("language")

@@ -9,10 +9,9 @@ from synthesis_chains import GOOD
 
 from verl_avar.errors import ConfigError
 from verl_avar.synthesis.checks import Context
-from verl_avar.synthesis.checks.answers import wrong_answer
 from verl_avar.synthesis.checks.settings import AnchorChecks, Checks, TextChecks
 from verl_avar.synthesis.checks.stages import REASONS, check, check_settings
-from verl_avar.synthesis.checks.words import foreign, loop_at_end, repeated_share, words
+from verl_avar.synthesis.checks.words import foreign, loop_at_end, words
 
 DESCRIPTION = "circle red top left, cross blue middle centre"
 CHAIN = (
@@ -83,41 +82,6 @@ def test_refusals_can_be_let_through_but_filtered_texts_cannot():
     assert reason("describe", "I'm sorry, but I can't help", "content_filter", settings=off) == "refusal"
 
 
-@pytest.mark.parametrize(
-    ("text", "count"),
-    [
-        ("<think>two words</think>\n<answer>5</answer>", 3),
-        ("it's 3.5 cm, or 1,000 well-known ones", 7),
-        ("三角形ABC的角", 6),
-        ("é à 'quoted' – dash", 4),
-        ("삼각형 그림", 2),
-        ("", 0),
-    ],
-)
-def test_words_are_counted(text, count):
-    assert len(words(text)) == count
-
-
-@pytest.mark.parametrize(
-    ("text", "scripts", "share", "script"),
-    [
-        ("plain English", ["latin"], 0, ""),
-        ("Größe, naïve, ﬁn", ["latin"], 0, ""),
-        ("angle α + θ = 180°, so △ABC, ℝ, 𝑥 and µ", ["latin"], 0, ""),
-        ("红色 abcdefgh", ["latin"], 0.2, "han"),
-        ("红色 abcdefgh", ["latin", "han"], 0, ""),
-        ("红色 abcdefgh", [], 0, ""),
-        ("在△ABC中，\\frac{x}{2} 等于 y", ["han"], 0, ""),
-        ("<think>中文</think><answer>中</answer>", ["han"], 0, ""),
-        ("ひらがな word", ["latin", "hiragana"], 0, ""),
-        ("да, yes yes", ["latin"], 0.25, "cyrillic"),
-        ("12 + 13 = 25", ["han"], 0, ""),
-    ],
-)
-def test_foreign_letters_are_counted(text, scripts, share, script):
-    assert foreign(text, scripts) == (pytest.approx(share), script)
-
-
 def test_unknown_writing_systems_are_a_mistake_in_the_config():
     with pytest.raises(ConfigError, match="scripts has 'english'"):
         foreign("text", ["english", "han"])
@@ -128,33 +92,6 @@ def test_unknown_writing_systems_are_a_mistake_in_the_config():
         check_settings(AnchorChecks(leak_phrases=["["]))
     with pytest.raises(ConfigError, match="anchor_phrases"):
         check_settings(AnchorChecks(anchor_phrases=["*"]))
-
-
-def test_repeated_runs_worked_by_hand():
-    # a b c d, b c d a, c d a b, d a b c, a b c d: the last of five stood before.
-    assert repeated_share(list("abcdabcd")) == pytest.approx(1 / 5)
-    assert repeated_share(list("AbcdaBcd")) == pytest.approx(1 / 5)
-    assert repeated_share(list("abc")) == 0
-    assert repeated_share([]) == 0
-    assert repeated_share(list("红色圆红色圆红色圆")) == pytest.approx(1 / 4)  # runs of six characters
-
-
-def slow_loop(tokens):
-    """The definition, tried out: some unit of u words stands at the end max(5, 20 / u) times or more."""
-    for unit in range(1, 65):
-        length = max(20, 5 * unit)
-        tail = tokens[-length:]
-        if len(tail) == length and all(tail[i] == tail[i - unit] for i in range(unit, length)):
-            return " ".join(tokens[-unit:])
-    return None
-
-
-@pytest.mark.parametrize("unit", [1, 2, 3, 7, 19])
-@pytest.mark.parametrize("times", [1, 3, 4, 5, 9, 20])
-@pytest.mark.parametrize("ending", ["", " the end"])
-def test_loops_at_the_end_are_those_of_the_definition(unit, times, ending):
-    text = "first comes this " + " ".join([f"w{i}" for i in range(unit)] * times) + ending
-    assert loop_at_end(text) == slow_loop(text.split())
 
 
 @pytest.mark.parametrize(
@@ -206,78 +143,6 @@ def test_what_breaks_the_format_is_said(text, detail):
     for stage, settings in (("reason", SHORT), ("anchor", SHORT_ANCHOR)):
         problem = check(stage, text, "stop", SCENE, settings)
         assert problem.reason == "format" and detail in problem.detail
-
-
-OPTIONS = ("3 cm", "5 cm", "7 cm", "\\frac{1}{2}")
-RIGHT = [
-    ("blue", "blue", ()),
-    ("Blue.", "blue", ()),
-    ("\\text{blue}", "blue", ()),
-    ("B", "B", ()),
-    ("(b)", "B", ()),
-    ("B. 5 cm", "B", ()),
-    ("B", "B. 5 cm", ()),
-    ("5 cm", "B. 5 cm", ()),
-    ("5 cm", "5", ()),
-    ("5.0 cm", "5 cm", ()),
-    ("1,234", "1234", ()),
-    ("The answer is \\boxed{\\frac{2}{4}}", "\\frac{1}{2}", ()),
-    ("$2\\sqrt{2}$", "\\sqrt{8}", ()),
-    ("B", "B", OPTIONS),
-    ("b", "B", OPTIONS),
-    ("Option B", "(B)", OPTIONS),
-    ("5 cm", "B", OPTIONS),
-    ("B. 5 cm", "B", OPTIONS),
-    ("(B) 5cm", "5 cm", OPTIONS),
-    ("B", "5 cm", OPTIONS),
-    ("B: the middle one", "B", OPTIONS),
-    ("5 cm", "B. 5 cm", OPTIONS),
-    ("B", "B) 5 cm", OPTIONS),
-    ("0.5", "D", OPTIONS),
-    ("Dog", "dog", ("cat", "dog")),
-    ("B", "dog", ("cat", "dog")),
-    ("B", "B", ("B", "A")),
-    ("yellow", "yellow", ("red", "blue")),  # the row's answer is none of its options: compared as it stands
-]
-WRONG = [
-    ("red", "blue", ()),
-    ("not blue", "blue", ()),
-    ("5", "5 cm", ()),
-    ("5 km", "5 cm", ()),
-    ("A", "B", ()),
-    ("A and B", "B", ()),
-    ("(A) and (B)", "A", ()),
-    ("0.3333", "\\frac{1}{3}", ()),
-    ("C", "B. 5 cm", ()),
-    ("7 cm", "B. 5 cm", ()),
-    ("A", "B", OPTIONS),
-    ("7 cm", "B", OPTIONS),
-    ("C. 7 cm", "5 cm", OPTIONS),
-    ("B. 7 cm", "B", OPTIONS),
-    ("C. 5 cm", "B", OPTIONS),
-    ("5 cm or 7 cm", "B", OPTIONS),
-    ("A", "B", ("B", "A")),  # as letters, not as texts
-    ("A", "dog", ("cat", "dog")),
-    ("", "blue", ()),
-    ("\\boxed{", "blue", ()),
-]
-
-
-@pytest.mark.parametrize(("given", "truth", "choices"), RIGHT)
-def test_right_answers(given, truth, choices):
-    assert wrong_answer(f"<think>I see.</think><answer>{given}</answer>", truth, choices) is None
-
-
-@pytest.mark.parametrize(("given", "truth", "choices"), WRONG)
-def test_wrong_answers(given, truth, choices):
-    assert wrong_answer(f"<think>It is {truth}.</think><answer>{given}</answer>", truth, choices)
-
-
-def test_the_answer_of_a_long_chain_is_read():
-    chain = "<think>" + "so it may be red, " * 200 + "</think><answer>The answer is blue.</answer>"
-    assert wrong_answer(chain, "blue", ()) is None
-    assert wrong_answer(chain, "red", ()) == "'blue' in place of 'red'"
-    assert "1001 characters" in wrong_answer(f"<think>x</think><answer>{'b' * 1001}</answer>", "blue", ())
 
 
 def test_skipped_where_there_is_nothing_to_compare_with():

@@ -67,7 +67,8 @@ _CHECK = re.compile(
     r"|\b(?:go|going|come|coming|turn|turning|move|moving|shift|shifting) (?:my \w+ )?back (?:[\w',-]+ ){0,3}?"
     rf"(?:{_DET}) (?:[\w'-]+ ){{0,2}}?{_IMAGE}"
     r"|\bzoom(?:ing)? in\b"
-    rf"|\b(?:re-?)?(?:inspect|examin|scan|observ)(?:e|ing)? (?:the|this|these|those|its|each)(?! (?:[a-z]+ ){{0,2}}?{_ABSTRACT})"
+    rf"|\b(?:re-?)?(?:inspect|examin|scan|observ)(?:e|ing)? (?:the|this|these|those|its|each)"
+    rf"(?! (?:[a-z]+ ){{0,2}}?{_ABSTRACT})"
 )
 _PLACE = re.compile(
     rf"\b(?:in|from|on|across|within|inside|throughout|per|by) (?:the|this) (?:[\w'-]+ )?{_IMAGE}"
