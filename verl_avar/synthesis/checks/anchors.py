@@ -96,7 +96,8 @@ boa ske leg axi axe pan re
 """
 _TRIGGERS = frozenset(_BEGINNINGS.split())
 _LETTERS = re.compile(r"[a-z]+")
-_END = re.compile(r"(?<![ie]\.[eg])(?<!\b[Ff]ig)[.!?][\"')*]{0,3}\s+|[。！？；]|;\s|\n+")
+_HAN = re.compile("[\u4e00-\u9fff]")
+_END = re.compile(r"[.!?](?<![ie]\.[eg]\.)(?<!\b[Ff]ig\.)[\"')*]{0,3}\s+|[。！？；]|;\s|\n+")
 _LONGEST = 1000  # characters of a sentence that are searched
 
 
@@ -141,7 +142,7 @@ def _is_anchor(sentence: str, extra: Sequence[re.Pattern]) -> bool:
     if any(pattern.search(sentence) for pattern in extra):
         return True
     plain = simplified(sentence[:_LONGEST])
-    if not plain.isascii() and _CHINESE.search(plain):
+    if _HAN.search(plain) and _CHINESE.search(plain):
         return True
     if _TRIGGERS.isdisjoint([word[:3] for word in _LETTERS.findall(plain)]):
         return False
