@@ -26,20 +26,22 @@ class Anchor:
 _IMAGE = (
     r"(?:images?|pictures?|figures?|diagrams?|photos?|photographs?|charts?|graphs?|plots?|drawings?|illustrations?|"
     r"scenes?|maps?|tables?|screenshots?|grids?|boards?|visuals?|sketch(?:es)?|legends?|axis|axes|panels?)\b"
-    r"(?! (?:paper|theory))"
+    r"(?! (?:paper|theory|of (?:values|integrals|contents)))"
 )
 # What cannot be looked at in the image.
 _ABSTRACT = (
     r"(?:equations?|expressions?|formulas?|options?|choices?|answers?|problem|question|statement|result|calculations?|"
     r"case|cases|definition|theorem|propert(?:y|ies)|reasoning|steps?|work|logic|wording|prompt|mistake|error|issue|"
-    r"pattern|relationship|difference|derivation|algebra|arithmetic|assumptions?|approach|contradiction)\b"
+    r"pattern|relationship|difference|derivation|algebra|arithmetic|assumptions?|approach|contradiction|"
+    r"conditions?|constraints?|requirements?|sums?|totals?|math|maths|units|possibilit(?:y|ies)|ways?|reasons?|solutions?|"
+    r"numbers?(?! (?:line|on|in|at|along|next|near|beside|above|below|under)))\b"
 )
 _DET = r"(?:the|this|that|these|those|its|our|my|each|all|both|every|another)"
 _LOOK = re.compile(
     r"\b(?:look|looking|glance|glancing|gaze|gazing|peer|peering|stare|staring)(?: [a-z]+){0,3}?"
     rf" (?:at|into|over|to|along|across)\b(?! (?:{_DET} )?(?:[a-z]+ ){{0,2}}?{_ABSTRACT})"
     r"(?! (?:it|this|that|things) (?:another|differently|from a|in a|as a)\b)"
-    r"|\b(?:look|looking) (?:again|closely|carefully|closer|back|more closely|more carefully|once more)\b"
+    r"|\b(?:look|looking) (?:again|closely|carefully|closer|more closely|more carefully|once more)\b"
     rf"(?! (?:at|to|over|on|into|through) (?:{_DET} )?(?:[a-z]+ ){{0,2}}?{_ABSTRACT})"
     r"|\b(?:take|taking|have|having) (?:a|another|one more) (?:\w+ )?look\b(?! (?:at|to|over|on|into|through) "
     rf"(?:{_DET} )?(?:[a-z]+ ){{0,2}}?{_ABSTRACT})"
@@ -51,7 +53,8 @@ _SEE = re.compile(
     r" (?:see|saw|seen|notice|noticed|observe|observed|spot|spotted|make out|perceive|count|counted|recount|read)\b"
     r"(?! ?[.,!?]|$)(?! (?:why|how|what you|now|no reason|if|whether|my|where i|where my)\b)"
     rf"(?! (?:that )?(?:i|we|you)\b)(?! (?:that )?(?:an?|the|this|that|my|some|no)? ?(?:\w+ )?{_ABSTRACT})"
-    r"(?! that (?:[a-z]|\d+) ?[=<>+*/-])"
+    r"(?! that (?:[a-z]|\d+) ?(?:[=<>+*/-]|is |equals ))"
+    r"|\bi'm (?:now |also |still )?(?:seeing|counting|noticing|observing)\b|\bfrom what (?:i|we)(?: can)? see\b"
     rf"|\bwe(?: (?:can|could|also|now|clearly|indeed|then))* (?:see|observe|notice|spot|count)\b"
     rf"(?! (?:that|why|how|if|whether|from)\b)(?! ?[.,!?]|$)(?! (?:an?|the|this)? ?(?:\w+ )?{_ABSTRACT})"
     rf"(?! (?:[a-z]|\d+) ?[=<>+*/-])"
@@ -60,10 +63,12 @@ _SEE = re.compile(
 )
 _CHECK = re.compile(
     r"\b(?:re-?|double-|cross-)?(?:check|verif|examin|inspect|visit|review|consult|read|confirm|scan|zoom|focus|refer|return|"
-    r"study|trace|compare|trust|count)\w* (?:[\w',-]+ ){0,8}?" + rf"(?:{_DET}) (?:[\w'-]+ ){{0,2}}?{_IMAGE}"
+    r"study|trace|compare|trust|count|observ)\w* (?:[\w',-]+ ){0,8}?" + rf"(?:{_DET}) (?:[\w'-]+ ){{0,2}}?{_IMAGE}"
     r"|\b(?:go|going|come|coming|turn|turning|move|moving|shift|shifting) (?:my \w+ )?back (?:[\w',-]+ ){0,3}?"
     rf"(?:{_DET}) (?:[\w'-]+ ){{0,2}}?{_IMAGE}"
     r"|\bzoom(?:ing)? in\b"
+    rf"|\b(?:re-?)?(?:inspect|examin|scan|observ)(?:e|ing)? (?:the|this|these|those|its|each)"
+    rf"(?! (?:[a-z]+ ){{0,2}}?{_ABSTRACT})"
 )
 _PLACE = re.compile(
     rf"\b(?:in|from|on|across|within|inside|throughout|per|by) (?:the|this) (?:[\w'-]+ )?{_IMAGE}"
@@ -91,7 +96,8 @@ boa ske leg axi axe pan re
 """
 _TRIGGERS = frozenset(_BEGINNINGS.split())
 _LETTERS = re.compile(r"[a-z]+")
-_END = re.compile(r"[.!?][\"')*]{0,3}\s+|[。！？；]|;\s|\n+")
+_HAN = re.compile("[\u4e00-\u9fff]")
+_END = re.compile(r"[.!?](?<![ie]\.[eg]\.)(?<!\b[Ff]ig\.)[\"')*]{0,3}\s+|[。！？；]|;\s|\n+")
 _LONGEST = 1000  # characters of a sentence that are searched
 
 
@@ -136,7 +142,7 @@ def _is_anchor(sentence: str, extra: Sequence[re.Pattern]) -> bool:
     if any(pattern.search(sentence) for pattern in extra):
         return True
     plain = simplified(sentence[:_LONGEST])
-    if not plain.isascii() and _CHINESE.search(plain):
+    if _HAN.search(plain) and _CHINESE.search(plain):
         return True
     if _TRIGGERS.isdisjoint([word[:3] for word in _LETTERS.findall(plain)]):
         return False

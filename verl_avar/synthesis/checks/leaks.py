@@ -44,14 +44,16 @@ _STRONG = re.compile(
     rf"{_KIND} ?\b{_THERE}"
     rf"|{_THE}{_KIND} {_THERE}{_SAYS}"
     rf"|(?:^|[.,;:!?] )(?:image |scene |visual )?{_THERE}{_SAYS}"
-    rf"|\b(?:image|visual|scene|picture|photo|textual|text|written|verbal|given|provided|supplied)(?:'s)? {_THERE}"
+    rf"|\b(?:image|visual|scene|picture|photo|textual|text|written|verbal)(?:'s)? {_NOUN}(?:{_PRINTED})"
+    rf"|\b(?:given|provided|supplied) {_THERE}"
     rf"|\bdescriptions? (?:of|for) (?:the|this|an?) (?:given |provided )?{_PICTURE}\b"
     rf"|\b(?:only|just|given|have|had|with) (?:only |just )?an?{_KIND} {_THERE}"
+    rf"(?! of (?:the|an?|its|his|her|their|each) (?!{_PICTURE}\b))"
 )
 # A leak unless the question itself speaks of descriptions or captions ("Which description fits?").
 _WEAK = re.compile(rf"{_THE}{_KIND} {_THERE}|(?<!problem )(?<!question )(?<!task )\bdescription\*{{0,2}}:")
 _NAMED_SOURCE = (
-    rf"(?! (?:above|earlier|below|before|previously|here|using|as|with|by|(?:in|on|by) (?:the |this |that )?"
+    rf"(?! (?:above|earlier|below|before|previously|here|using|as|by|(?:in|on|by) (?:the |this |that )?"
     rf"(?:\w+ )?(?:{_OWN}|{_PICTURE}|options?|choices?|equations?|formula|law|theorem|definition|function|rules?|"
     r"passage|steps?|legend|title|text of)\b))"
 )
@@ -59,11 +61,16 @@ _AS_DESCRIBED = re.compile(
     r"\bas (?:is |was |were |has been )?(?:previously |already |explicitly |originally )?described\b" + _NAMED_SOURCE
 )
 _DESCRIBED = re.compile(
-    rf"\bdescribed {_PICTURE}\b"
+    rf"\bdescribed {_PICTURE}\b|\bit(?:'s| is| was) described (?:that|how)\b"
+    rf"|\bwhat(?:'s| is| was| has been) described\b{_NAMED_SOURCE}"
     rf"|\b(?:{_PICTURE}|objects?|elements?|details|items) (?:that |which )?(?:as |is |are |was |were )?described\b"
     rf"{_NAMED_SOURCE}"
 )
-_DESCRIBED_AS = re.compile(rf"^(?!.*\b{_OWN}\b).*\b(?:is|are|was|were)(?: \w{{1,20}}ly)? described as\b")
+# Not the names that a science gives: "this process is described as mitosis".
+_DESCRIBED_AS = re.compile(
+    rf"^(?!.*\b{_OWN}\b).*\b(?!(?:process|phenomenon|theorem|method|reaction|relationship|motion|law|function|effect|"
+    r"theory|term|concept|rule|type|kind)s? )[\w']{1,30} (?:is|are|was|were)(?: \w{1,20}ly)? described as\b"
+)
 _AFTER_TEXT = (
     r"(?! (?:in|on|inside|at|label|labels|box|boxes|above|below|next|under|near|beside|of|that|within|along)\b)"
 )
@@ -73,6 +80,7 @@ _TEXT = re.compile(
     rf"|\b(?:according to|based on|from|as per|per) (?:the|this) text\b{_AFTER_TEXT}"
     r"|\b(?:the|this) text (?:only |also |explicitly |clearly )?(?:mentions|describes|describing|tells (?:us|me))\b"
     r"|\btext(?:ual)?[- ](?:only|based) (?:input|version|representation|information|account|summary)\b"
+    r"|\btextual (?:information|details|data|content|input|clues)\b"
 )
 _ASKS_OF_TEXT = re.compile(r"\b(?:text|passage|paragraph|read)\b")
 _BLIND = re.compile(
@@ -84,8 +92,9 @@ _BLIND = re.compile(
     r"(?! of)"
     r"|\bwithout (?:seeing|access to|having|viewing) (?:the|an) (?:actual |original )?"
     r"(?:image|picture|figure|diagram)\b"
+    r"|\bwithout the (?:actual |original )?(?:image|picture|figure|diagram)(?:[,.;]| i\b| itself\b)"
     r"|\bno (?:actual )?(?:image|picture|photo|figure|diagram) (?:is|was|has been) "
-    r"(?:provided|given|attached|supplied)\b"
+    r"(?:provided|given|attached|supplied)\b(?! for\b)"
     r"|\bas an? (?:text|language)[- ](?:based |only )?(?:ai|model)\b"
 )
 _CHINESE = re.compile(
@@ -94,7 +103,7 @@ _CHINESE = re.compile(
     r"|(?<!题目)(?<!题目的)(?<!问题)(?<!问题的)(?<!题干)(?<!选项)(?<!选项的)(?:描述|文字说明|说明文字)"
     r"(?:中|里|说|还说|提到|指出|显示|表明|称|写道|给出|没有|所述|所说)"
     r"|(?:图片|图像|画面|场景|文字|给定|所给|提供)的?描述(?!了|的)"
-    r"|(?:看不到|无法看到|没有看到|不能看到)(?:这张|该)?(?:图片|图像|原图)"
+    r"|(?:看不到|无法看到|没有看到|不能看到)(?:这张|该)?(?:图片|图像|原图|图(?=[，。,.]|$))"
 )
 _CHINESE_TRIGGERS = ("描述", "说明", "看")
 
@@ -110,8 +119,9 @@ def find_leak(text: str, question: str, extra: Sequence[str] = ()) -> str | None
     plain = simplified(text)
     if "descri" in plain or "caption" in plain:
         asked = question.lower()
-        if match := _STRONG.search(plain):
-            return _around(plain, match)
+        for match in _STRONG.finditer(plain):
+            if "caption" not in asked or "caption" not in match[0]:  # "Read the caption under the photo"
+                return _around(plain, match)
         if "descri" not in asked and "caption" not in asked and (match := _WEAK.search(plain)):
             return _around(plain, match)
         if "described" in plain and (match := _described(plain, asked)):

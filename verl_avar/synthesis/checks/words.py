@@ -92,9 +92,9 @@ def loop_at_end(text: str) -> str | None:
     Of units up to 64 words, in the last 4,000 characters.
     """
     text = text[-_LOOP_WITHIN:].strip()
-    last = words(text[-100:])
-    # Most texts end here, before their words are told apart.
-    tokens = words(text) if last and text.count(last[-1]) >= _LOOP_TIMES else []
+    # Each word of a loop stands there as often as the loop turns: this rules out most texts without all their words.
+    last = words(text[-100:])[-5:]
+    tokens = words(text) if all(text.count(word) >= _LOOP_TIMES for word in last) else []
     for period in range(1, min(_LOOP_PERIOD, len(tokens) // _LOOP_TIMES) + 1):
         wanted, same = max(_LOOP_WORDS, _LOOP_TIMES * period) - period, 0
         while same < wanted and same + period < len(tokens) and tokens[-1 - same] == tokens[-1 - same - period]:
@@ -136,15 +136,16 @@ _HAN_TEXT = re.compile(f"[{HAN}]+")
 
 def content_words(text: str) -> set[str]:
     """What a text names: words without `STOP`, plurals made singular; numbers; pairs of Chinese characters."""
-    names = {
-        singular(word)
-        for word in (token.lower().replace("’", "'") for token in words(text))
-        if (len(word) > 1 or word.isdigit()) and word not in STOP
-    }
+    names = set(map(_name, words(text.lower().replace("’", "'")))) - {""}
     if not text.isascii():
         for run in _HAN_TEXT.findall(_HAN_STOP.sub(" ", text)):
             names.update(run[i : i + 2] for i in range(len(run) - 1))
     return names
+
+
+@functools.lru_cache(maxsize=65536)
+def _name(word: str) -> str:
+    return singular(word) if (len(word) > 1 or word.isdigit()) and word not in STOP else ""
 
 
 def singular(word: str) -> str:
