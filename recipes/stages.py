@@ -20,6 +20,7 @@ from settings import CHECKPOINTS
 from trainer_process import METRICS, run_trainer
 from trainers import FOLDERS, ROOT, data_file, start, trainer
 from transformers.utils.logging import disable_progress_bar
+from vard import write_vard
 
 from verl_avar.data.published import named
 from verl_avar.training.checkpoint import latest_model, latest_step
@@ -28,13 +29,16 @@ from verl_avar.training.metrics import read_steps
 
 
 def data(recipe: DictConfig, out: Path, console: Console) -> None:
-    """Writes the parquet files that the recipe does not give: converts its sources, or the miniature's tasks."""
+    """Writes the parquet files that the recipe does not give: converts its sources, or the miniature's tasks.
+
+    The miniature's cold start is made as anybody's is, by describing, reasoning and anchoring (`vard.py`).
+    """
     from verl_avar.miniature import data as miniature
     from verl_avar.training.data import describe, write_rl, write_sft
 
     settings, seed = recipe.data, recipe.seed
     writers = {
-        "sft": (write_sft, lambda path: miniature.write_sft(path, settings.sft_rows, seed)),
+        "sft": (write_sft, lambda path: write_vard(path, settings.sft_rows, seed, console)),
         "rl": (write_rl, lambda path: miniature.write_rl(path, settings.rl_rows, seed)),
         "eval": (write_rl, lambda path: miniature.write_eval(path, settings.eval_rows_per_task, seed)),
     }

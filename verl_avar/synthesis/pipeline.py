@@ -56,7 +56,7 @@ class Progress:
 
 def read_rows(path: Path) -> Iterator[dict]:
     """The rows of a parquet file, some at a time."""
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path, pre_buffer=False) as file:  # else all of it is held in memory
         for batch in file.iter_batches(batch_size=READ_AT_ONCE):
             yield from batch.to_pylist()
 
