@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 import verl_avar
+from verl_avar.data import command as data_command
 from verl_avar.evaluation import correlate, intervene, vas_command
 from verl_avar.rollout import serve
 
@@ -18,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("vas", vas_command, "measure whether a vision-language checkpoint looks at its images while it reasons"),
         ("intervene", intervene, "sweep a bias of attention to the image at inference: does it help?"),
         ("correlate", correlate, "VAS against accuracy over several checkpoints"),
+        ("data", data_command, "bring data sets of image questions to one schema, check and hash them"),
     ):
         command = commands.add_parser(name, help=text, description=module.__doc__.split("\n\n")[0])
         module.add_arguments(command)

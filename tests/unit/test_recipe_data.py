@@ -14,7 +14,8 @@ from PIL import Image
 from settings import load
 from stages import data as data_stage
 
-from verl_avar.data.published import check_reachable, encoded, named, placed
+from verl_avar.data.images import encoded
+from verl_avar.data.published import check_reachable, named, placed
 from verl_avar.data.schema import SYSTEM
 from verl_avar.errors import ConfigError
 from verl_avar.training.checks import check_files, check_roles

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import io
-import itertools
-import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
-from PIL import Image, UnidentifiedImageError
 
+from verl_avar.data.parquet import RowFile
 from verl_avar.data.schema import IMAGE
 from verl_avar.errors import ConfigError
 
@@ -58,18 +54,18 @@ def read(source: str) -> Table:
         raise
     except (DatasetsError, OSError, ValueError) as error:
         raise ConfigError(f"{source}: no rows can be read: {' '.join(str(error).split())[:300]}") from error
-    rows = _undecoded(rows)
+    rows = undecoded(rows)
     local = path.exists()
     folder = (path if path.is_dir() else path.parent) if local else None
     return Table(path.stem if local else name, split, rows.column_names, rows, folder)
 
 
-def _undecoded(rows: Any) -> Any:
+def undecoded(rows: Any) -> Any:
     """Images as the bytes or the path that they are stored as: most need no second encoding."""
     from datasets import Image as ImageFeature
     from datasets import List
 
-    for name, feature in rows.features.items():
+    for name, feature in (rows.features or {}).items():  # a stream without a schema holds no image features
         if isinstance(feature, ImageFeature):
             rows = rows.cast_column(name, ImageFeature(decode=False))
         elif isinstance(getattr(feature, "feature", None), ImageFeature):
@@ -86,13 +82,32 @@ def check_reachable(source: str) -> None:
         return
     if name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise ConfigError(f"{source}: no such file or folder, and no hub name")
-    cached = Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"
-    built = Path(os.environ.get("HF_DATASETS_CACHE", Path(constants.HF_HOME) / "datasets")) / name.replace("/", "___")
-    if constants.HF_HUB_OFFLINE and not cached.exists() and not built.exists():
+    if constants.HF_HUB_OFFLINE and not in_cache(name):
         raise ConfigError(
             f"{source}: not in {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set; `hf download --repo-type dataset "
             f"{name}` where there is a network, or name a folder"
         )
+
+
+def in_cache(name: str) -> bool:
+    """Whether a hub name was downloaded before, or built by `datasets`."""
+    from huggingface_hub import constants
+
+    cached = Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"
+    built = Path(os.environ.get("HF_DATASETS_CACHE", Path(constants.HF_HOME) / "datasets")) / name.replace("/", "___")
+    return cached.exists() or built.exists()
+
+
+def stream(source: str) -> Iterable[dict]:
+    """The rows of a hub name while they are downloaded. Raises ConfigError where they can't be had."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    name, split = named(source)
+    try:
+        yield from undecoded(load_dataset(name, split=split, streaming=True))
+    except (DatasetsError, OSError, ValueError) as error:
+        raise ConfigError(f"{source}: no rows can be read: {' '.join(str(error).split())[:300]}") from error
 
 
 def only_column(table: Table, candidates: tuple[str, ...], source: str, what: str) -> str:
@@ -104,12 +119,6 @@ def only_column(table: Table, candidates: tuple[str, ...], source: str, what: st
             f"{', '.join(table.columns)}"
         )
     return found[0]
-
-
-def images_of(value: Any) -> list:
-    """The images of a cell that holds none, one, or a list of them."""
-    values = value if isinstance(value, list) else [value]
-    return [image for image in values if image not in (None, "")]
 
 
 def placed(messages: list[dict[str, str]], images: int, where: str) -> list[dict[str, str]]:
@@ -127,47 +136,10 @@ def placed(messages: list[dict[str, str]], images: int, where: str) -> list[dict
     return [*messages[:first], user, *messages[first + 1 :]]
 
 
-def encoded(image: Any, folder: Path | None, max_pixels: int, where: str) -> dict[str, bytes]:
-    """{bytes} of an image {bytes, path} or path, scaled down where it has more than `max_pixels`.
-
-    Raises ConfigError for an image that is not there or can't be read.
-    """
-    data, path = (image.get("bytes"), image.get("path")) if isinstance(image, Mapping) else (None, image)
-    if data is None:
-        file = Path(str(path)).expanduser()
-        file = file if file.is_absolute() or folder is None else folder / file
-        if not file.is_file():
-            raise ConfigError(f"{where}: no image file {file}")
-        data = file.read_bytes()
-    try:
-        with Image.open(io.BytesIO(data)) as picture:
-            width, height = picture.size
-            if width * height <= max_pixels:
-                picture.verify()
-                return {"bytes": data}
-            scale = math.sqrt(max_pixels / (width * height))
-            size = max(1, int(width * scale)), max(1, int(height * scale))
-            smaller = picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise ConfigError(f"{where}: an image can't be read: {error}") from error
-    buffer = io.BytesIO()
-    smaller.save(buffer, format="PNG")
-    return {"bytes": buffer.getvalue()}
-
-
 def write(path: Path | str, schema: pa.Schema, rows: Iterator[dict]) -> None:
     """Writes rows beside the target and renames, so that the target is always whole. Raises ConfigError for none."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        written = 0
-        with pq.ParquetWriter(part, schema) as writer:
-            while batch := list(itertools.islice(rows, BATCH)):
-                writer.write_table(pa.Table.from_pylist(batch, schema=schema))
-                written += len(batch)
-        if not written:
+    with RowFile(Path(path), schema, BATCH) as file:
+        for row in rows:
+            file.add(row)
+        if not file.count:
             raise ConfigError(f"{path}: the sources have no row with an image")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

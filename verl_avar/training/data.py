@@ -16,11 +16,12 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
-from verl_avar.data.published import encoded, images_of, only_column, placed, read, write
+from verl_avar.data.conversation import turns
+from verl_avar.data.images import encoded, images_of
+from verl_avar.data.published import only_column, placed, read, write
 from verl_avar.data.schema import MAX_PIXELS, SYSTEM
 from verl_avar.errors import ConfigError
 
@@ -32,7 +33,6 @@ PUBLISHED_ROWS = {
     "FanqingM/MMK12": 15_616,
     "FanqingM/MMK12@test": 2_000,
 }
-ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 FORMAT = re.compile(r"\s*<think>.+</think>\s*<answer>.+</answer>\s*", re.DOTALL)
 
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
@@ -87,7 +87,7 @@ def _conversations(source: str, system: str, max_pixels: int, counts: Counter) -
         if not found:
             counts["without an image"] += 1
             continue
-        messages = _turns(row[column], where)
+        messages = turns(row[column], where)
         if messages[0]["role"] == "system":
             counts["with a system turn of their own"] += 1
         else:
@@ -98,25 +98,6 @@ def _conversations(source: str, system: str, max_pixels: int, counts: Counter) -
         counts["rows"] += 1
         images = [encoded(image, table.folder, max_pixels, where) for image in found]
         yield {"messages": placed(messages, len(images), where), "images": images, "source": source}
-
-
-def _turns(value: Any, where: str) -> list[dict[str, str]]:
-    """Messages {role, content} of a ShareGPT conversation: system or not, then user and assistant in turn."""
-    messages = []
-    for message in value or ():
-        keys = ("role", "content") if "role" in message else ("from", "value")
-        role, content = (message.get(key) for key in keys)
-        if role not in ROLES or not isinstance(content, str):
-            raise ConfigError(
-                f"{where}: a message must be {{role, content}} or {{from, value}} with text, its role one of "
-                f"{', '.join(ROLES)}; this one has {', '.join(f'{k}={str(v)[:40]!r}' for k, v in message.items())}"
-            )
-        messages.append({"role": ROLES[role], "content": content})
-    speakers = [message["role"] for message in messages]
-    turns = speakers[1:] if speakers[:1] == ["system"] else speakers
-    if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
-        raise ConfigError(f"{where}: user and assistant must take turns, the assistant last; it has {speakers}")
-    return messages
 
 
 def _questions(source: str, system: str, max_pixels: int, counts: Counter) -> Iterator[dict]:
