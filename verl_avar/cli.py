@@ -8,6 +8,7 @@ import verl_avar
 from verl_avar.data import command as data_command
 from verl_avar.evaluation import correlate, intervene, vas_command
 from verl_avar.rollout import serve
+from verl_avar.synthesis import command as synth_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("intervene", intervene, "sweep a bias of attention to the image at inference: does it help?"),
         ("correlate", correlate, "VAS against accuracy over several checkpoints"),
         ("data", data_command, "bring data sets of image questions to one schema, check and hash them"),
+        ("synth", synth_command, "make visual-anchored reasoning from images, questions and answers"),
     ):
         command = commands.add_parser(name, help=text, description=module.__doc__.split("\n\n")[0])
         module.add_arguments(command)

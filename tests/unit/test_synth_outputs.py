@@ -14,7 +14,7 @@ from verl_avar.data.schema import IMAGE, SYSTEM
 from verl_avar.errors import ConfigError
 from verl_avar.synthesis.joined import accepted, joined
 from verl_avar.synthesis.outcomes import ACCEPTED, REJECTED
-from verl_avar.synthesis.outputs import asked, without_media, write_outputs
+from verl_avar.synthesis.outputs import without_media, write_outputs
 from verl_avar.training.checks import check_files, check_roles
 from verl_avar.training.data import RL_SCHEMA, SFT_SCHEMA, write_sft
 
@@ -211,16 +211,6 @@ def test_files_of_two_runs_are_told_apart(tmp_path):
     (tmp_path / "outcomes.parquet").unlink()
     with pytest.raises(ConfigError, match=r"no file .*outcomes\.parquet; `avar synth run` writes it"):
         write_outputs(config, tmp_path)
-
-
-def test_choices_are_listed_unless_the_question_does():
-    row = {"question": "Which?", "choices": ["red", "blue"]}
-    assert asked(row) == "Which?\nA. red\nB. blue"
-    own = {"question": "Which? (A) red (B) blue", "choices": ["red", "blue"]}
-    assert asked(own) == own["question"]
-    named = {"question": "Which is longer, AB or BC?", "choices": ["AB", "BC"]}  # the letters are not there
-    assert asked(named).endswith("BC?\nA. AB\nB. BC")
-    assert asked({"question": "Why?", "choices": []}) == "Why?"
 
 
 def test_placeholders_in_a_models_text_are_no_media():

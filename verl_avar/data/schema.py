@@ -22,7 +22,7 @@ ROWS = pa.schema(
         pa.field("id", pa.string(), nullable=False),
         pa.field("source", pa.string(), nullable=False),  # name of the data set, as its reader gives it
         pa.field("source_row", pa.int64(), nullable=False),  # position in the source, from 0; with it the row's key
-        # With one IMAGE placeholder for each image, in order.
+        # What a model is asked: with an IMAGE placeholder for each image, in order, and options as lines "A. …".
         pa.field("question", pa.string(), nullable=False),
         pa.field("answer", pa.string(), nullable=False),  # text, choice letter, number with its unit, or LaTeX
         pa.field("choices", pa.list_(pa.string()), nullable=False),  # texts of A, B, …; empty for open questions

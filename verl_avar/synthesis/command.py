@@ -58,12 +58,14 @@ def _run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from verl_avar.synthesis import config
-    from verl_avar.synthesis.run import SIGNALLED, synthesise
+    from verl_avar.synthesis.pipeline import SIGNALLED
+    from verl_avar.synthesis.run import synthesise
     from verl_avar.synthesis.summary import print_summary
 
     settings, console = config.load(arguments.config, arguments.overrides), Console()
     result = synthesise(settings, console, arguments.retry, arguments.ray, arguments.workers)
-    print_summary(result.summary, console)
+    again = f"avar synth run {arguments.config}" + "".join(f" {override}" for override in arguments.overrides)
+    print_summary(result.summary, console, settings.out, again)
     if result.error:
         raise result.error
     if result.stop:

@@ -16,11 +16,11 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from string import ascii_uppercase
 from typing import Any
 
 import pyarrow as pa
 
+from verl_avar.data.choices import with_options
 from verl_avar.data.published import write
 from verl_avar.data.schema import IMAGE
 from verl_avar.synthesis.joined import accepted, joined, outcomes
@@ -71,14 +71,6 @@ def write_outputs(config: Any, out: Path) -> dict[str, Path]:
     return made
 
 
-def asked(row: dict) -> str:
-    """The user's turn: the question, and its choices by letter where the question does not list them itself."""
-    question, choices = row["question"], list(zip(ascii_uppercase, row["choices"], strict=False))
-    if all(re.search(rf"(?<!\w){letter}\s*[.):]\s*{re.escape(text)}", question) for letter, text in choices):
-        return question
-    return question + "".join(f"\n{letter}. {text}" for letter, text in choices)
-
-
 def without_media(text: str) -> str:
     """Text in which no trainer finds a placeholder of an image, a video or a sound."""
     return MEDIA.sub(r"(\1)", text)
@@ -94,7 +86,7 @@ def remove(path: Path) -> None:
 
 def _prompt(row: dict, system: str) -> list[dict[str, str]]:
     # The placeholders of the row's own images stay.
-    question = IMAGE.join(without_media(part) for part in asked(row).split(IMAGE))
+    question = IMAGE.join(without_media(part) for part in with_options(row["question"], row["choices"]).split(IMAGE))
     return [{"role": "system", "content": system}, {"role": "user", "content": question}]
 
 

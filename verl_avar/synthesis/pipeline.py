@@ -12,9 +12,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from verl_avar.synthesis.checks import Context
+from verl_avar.synthesis.checks import Context, Problem
+from verl_avar.synthesis.checks.settings import TextChecks
+from verl_avar.synthesis.checks.stages import check
 from verl_avar.synthesis.endpoint import Answer, CallFailed, Endpoint, EndpointError, Stopping
 from verl_avar.synthesis.outcomes import PENDING, STAGES
 from verl_avar.synthesis.store import CALLS, FAILURES, Lines, Writer
@@ -24,6 +26,7 @@ ROWS_FILE, RETRIES_FILE = "rows.parquet", "retries.jsonl"
 RUNS = "runs"
 READ_AT_ONCE = 64  # rows
 RECORD_EVERY_S = 5.0
+BUDGET, SIGNALLED = "the budget is spent", "asked to end"
 
 
 @dataclass
@@ -51,7 +54,7 @@ class Progress:
     reasons: Counter = field(default_factory=Counter)
     calls: int = 0  # answered in this run
     spent: Spent = field(default_factory=Spent)
-    stop: str | None = None  # why no more requests are made: budget, signal, or an endpoint's error
+    stop: str | None = None  # why no more requests are made: BUDGET, SIGNALLED, or an endpoint's error
 
 
 def read_rows(path: Path) -> Iterator[dict]:
@@ -59,6 +62,11 @@ def read_rows(path: Path) -> Iterator[dict]:
     with pq.ParquetFile(path, pre_buffer=False) as file:  # else all of it is held in memory
         for batch in file.iter_batches(batch_size=READ_AT_ONCE):
             yield from batch.to_pylist()
+
+
+def check_settings_of(config: DictConfig) -> dict[str, TextChecks]:
+    """Of each stage, as dataclasses: a config's own access takes longer than many a check."""
+    return {stage: OmegaConf.to_object(config.checks[stage]) for stage in STAGES}
 
 
 def read_attempts(out: Path) -> Callable[[str, str], int]:
@@ -92,6 +100,7 @@ class _Run:
         self.attempts = read_attempts(out)
         self.calls, self.failures = Writer(out / CALLS, writer), Writer(out / FAILURES, writer)
         self.checker = ThreadPoolExecutor(1)  # math-verify takes its time; requests go on meanwhile
+        self.checks = check_settings_of(config)
         self.error: EndpointError | None = None
         self.record, self.started, self.recorded = out / RUNS / f"{writer}.json", time.time(), 0.0
         self.record.parent.mkdir(parents=True, exist_ok=True)
@@ -154,7 +163,7 @@ class _Run:
 
     def may_go(self) -> bool:
         if self.progress.stop is None and self.progress.spent.over(self.config.budget):
-            self.progress.stop = "the budget is spent"
+            self.progress.stop = BUDGET
         return self.progress.stop is None
 
     async def row(self, row: dict) -> Walk:
@@ -186,12 +195,9 @@ class _Run:
         self.progress.spent.add(record)
         return record
 
-    async def check(self, stage: str, text: str, finish: str, context: Context, settings):
-        from verl_avar.synthesis.checks.stages import check
-
-        return await asyncio.get_running_loop().run_in_executor(
-            self.checker, check, stage, text, finish, context, settings
-        )
+    async def check(self, stage: str, text: str, finish: str, context: Context) -> Problem | None:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.checker, check, stage, text, finish, context, self.checks[stage])
 
 
 def cost(answer: Answer, price: DictConfig) -> float:

@@ -23,17 +23,16 @@ from rich.console import Console
 
 from verl_avar.synthesis.checks.stages import check_settings
 from verl_avar.synthesis.endpoint import EndpointError
-from verl_avar.synthesis.intake import described, intake
+from verl_avar.synthesis.intake import intake
 from verl_avar.synthesis.outcomes import STAGES
-from verl_avar.synthesis.pipeline import ROWS_FILE, Progress, Spent, read_rows, run_calls
+from verl_avar.synthesis.pipeline import BUDGET, ROWS_FILE, SIGNALLED, Progress, Spent, read_rows, run_calls
 from verl_avar.synthesis.progress import shown
 from verl_avar.synthesis.prompt import check as check_prompt
-from verl_avar.synthesis.settle import send_again, settle
+from verl_avar.synthesis.settle import Pick, send_again, settle, walks
 from verl_avar.synthesis.store import CALLS, Lines, locked, writer_name
 from verl_avar.synthesis.tally import summarise
 
 SUMMARY_FILE = "summary.json"
-SIGNALLED = "asked to end"
 
 
 @dataclass
@@ -59,9 +58,10 @@ def synthesise(
         check_settings(config.checks[stage])
     with locked(out):
         counts = intake(config, out)
-        console.print(described(counts), highlight=False, soft_wrap=True)
+        told = ", ".join(f"{count:,} {reason}" for reason, count in counts["reasons"].items())
+        console.print(f"intake: {counts['rows']:,} rows, {counts['rejected']:,} left out" + f" ({told})" * bool(told))
         _write(out / "config.yaml", OmegaConf.to_yaml(config))
-        for reason, count in send_again(config, out, retry).items():
+        for reason, count in (send_again(config, out, retry) if retry else {}).items():
             console.print(f"{reason}: {count:,} rows are asked again", highlight=False)
         progress, error = Progress(), None
         with shown(progress, counts["rows"], console):
@@ -84,14 +84,23 @@ def make_calls(config: DictConfig, out: Path, progress: Progress, ray: str | Non
         else:
             from verl_avar.synthesis.ray_data import run_on_ray
 
-            run_on_ray(config, out, run_block, ray, workers)
+            def told(rows: int) -> None:
+                progress.rows["done"] += rows
+                progress.show(progress)
+
+            taken = {"spent_tokens": progress.spent.tokens, "spent_cost": progress.spent.cost}
+            run_on_ray(
+                config, out, run_block, ray, workers, progress=told, stopped=lambda: progress.stop is not None, **taken
+            )
+            if progress.stop is None and spent(out).over(config.budget):
+                progress.stop = BUDGET
 
 
 def run_block(config: DictConfig, out: Path, rows: list[dict], writer: str) -> dict:
-    """The calls of some rows, by one worker of a cluster; returns how many rows got how far."""
+    """The calls of some rows, by one worker of a cluster; returns counts of rows, and what was spent."""
     progress = Progress()
     run_calls(config, out, rows, writer, progress)
-    return dict(progress.rows)
+    return dict(progress.rows) | {"tokens": progress.spent.tokens, "cost": progress.spent.cost}
 
 
 def spent(out: Path) -> Spent:
@@ -109,7 +118,7 @@ def conclude(config: DictConfig, out: Path) -> dict:
     from verl_avar.synthesis.outputs import write_outputs
     from verl_avar.synthesis.viewer import write_viewer
 
-    settle(config, out)
+    settle(config, out, by_attention(config, out) if config.stages.anchor.keep == "attention" else None)
     attention = None
     if config.attention.model is not None:
         from verl_avar.synthesis.attention import apply
@@ -121,6 +130,24 @@ def conclude(config: DictConfig, out: Path) -> dict:
     write_card(config, out, summary)
     _write(out / SUMMARY_FILE, json.dumps(summary, indent=1, ensure_ascii=False))
     return summary
+
+
+def by_attention(config: DictConfig, out: Path) -> Pick:
+    """Has the student measure every anchored candidate that passes; picks the one with the most attention."""
+    from verl_avar.synthesis.selection import best
+    from verl_avar.synthesis.student import Chain, score
+
+    def chain(row: dict, text: str) -> Chain:
+        return Chain(config.system, row["question"], [image["bytes"] for image in row["images"]], text)
+
+    student = config.attention
+    chains = (chain(row, text) for row, done in walks(config, out) for text in done.choices)
+    known = score(student.model, chains, out, batch_size=student.batch_size, device=student.device)
+
+    def pick(row: dict, texts: Sequence[str]) -> str:
+        return texts[best([(text, known.shares.get(chain(row, text).key)) for text in texts])]
+
+    return pick
 
 
 def _write(path: Path, text: str) -> None:

@@ -8,16 +8,18 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from omegaconf import DictConfig
 
+from verl_avar.synthesis.checks import Problem
 from verl_avar.synthesis.checks.stages import check, find_anchors
 from verl_avar.synthesis.outcomes import OUTCOMES, PENDING, REJECTED, STAGES
-from verl_avar.synthesis.pipeline import RETRIES_FILE, ROWS_FILE, read_attempts, read_rows
+from verl_avar.synthesis.pipeline import RETRIES_FILE, ROWS_FILE, check_settings_of, read_attempts, read_rows
 from verl_avar.synthesis.store import CALLS, FAILURES, Lines
 from verl_avar.synthesis.walk import Ask, Unanswered, Walk, walk
 
@@ -25,19 +27,19 @@ OUTCOMES_FILE, INTAKE_FILE = "outcomes.parquet", "intake.parquet"
 WRITTEN_AT_ONCE = 256  # rows
 
 
-def settle(config: DictConfig, out: Path, each: Callable[[dict, Walk], None] = lambda row, done: None) -> Path:
+Pick = Callable[[dict, Sequence[str]], str]  # (row of rows.parquet, its anchored candidates that pass) -> the one kept
+
+
+def settle(config: DictConfig, out: Path, pick: Pick | None = None) -> Path:
     """Writes OUT/outcomes.parquet (schema outcomes.OUTCOMES), in the order of the sources; returns its path.
 
-    each: called with every outcome and, for rows that passed intake, how it came about.
+    pick: decides where `stages.anchor.keep` is attention; None: the first candidate.
     """
     path, part = out / OUTCOMES_FILE, out / f".{OUTCOMES_FILE}.{os.getpid()}"
     try:
         with pq.ParquetWriter(part, OUTCOMES) as writer:
-            outcomes = walked(config, out)
-            while batch := list(itertools.islice(outcomes, WRITTEN_AT_ONCE)):
-                for outcome, done in batch:
-                    each(outcome, done)
-                rows = [outcome for outcome, _ in batch]
+            outcomes = walked(config, out, pick)
+            while rows := list(itertools.islice(outcomes, WRITTEN_AT_ONCE)):
                 writer.write_table(pa.Table.from_pylist(rows, schema=OUTCOMES))
         part.replace(path)
     finally:
@@ -45,11 +47,31 @@ def settle(config: DictConfig, out: Path, each: Callable[[dict, Walk], None] = l
     return path
 
 
-def walked(config: DictConfig, out: Path) -> Iterator[tuple[dict, Walk]]:
-    """(row of OUTCOMES, its walk) of every row of the sources."""
-    attempts, names = read_attempts(out), source_order(out)
+def walked(config: DictConfig, out: Path, pick: Pick | None = None) -> Iterator[dict]:
+    """A row of OUTCOMES for every row of the sources."""
+    names = source_order(out)
+
+    def place(row: dict) -> tuple[int, int]:
+        return names.index(row["source"]), row["source_row"]
+
+    def through() -> Iterator[dict]:
+        for row, done in walks(config, out):
+            if pick and len(done.choices) > 1:
+                done.texts["anchor"] = pick(row, done.choices)
+            yield outcome(row, done)
+
+    def refused() -> Iterator[dict]:
+        for row in read_rows(out / INTAKE_FILE):
+            yield outcome(row, Walk(REJECTED, "intake", Problem(row["reason"], row["detail"])))
+
+    yield from heapq.merge(through(), refused(), key=place)
+
+
+def walks(config: DictConfig, out: Path) -> Iterator[tuple[dict, Walk]]:
+    """(row of rows.parquet, how far stored answers take it)."""
+    attempts, checks = read_attempts(out), check_settings_of(config)
     loop = asyncio.new_event_loop()
-    with Lines(out / CALLS) as stored, Lines(out / FAILURES) as failed:
+    with Lines(out / CALLS) as stored, Lines(out / FAILURES) as failed, closing(loop):
 
         async def ask(one: Ask) -> dict:
             if call := stored.get(one.key):
@@ -58,31 +80,16 @@ def walked(config: DictConfig, out: Path) -> Iterator[tuple[dict, Walk]]:
                 raise Unanswered("call_failed", failure["detail"])
             raise Unanswered(PENDING)
 
-        async def checked(*arguments):
-            return check(*arguments)
+        async def checked(stage: str, *arguments) -> Problem | None:
+            return check(stage, *arguments, checks[stage])
 
-        def through() -> Iterator[tuple[dict, Walk]]:
-            for row in read_rows(out / ROWS_FILE):
-                done = loop.run_until_complete(walk(row, config, attempts, ask, checked))
-                yield outcome(row, done), done
-
-        def refused() -> Iterator[tuple[dict, Walk]]:
-            for row in read_rows(out / INTAKE_FILE):
-                done = Walk(REJECTED, "intake")
-                about = {name: row[name] for name in ("reason", "detail")}
-                yield outcome(row, done) | about, done
-
-        try:
-            yield from heapq.merge(
-                through(), refused(), key=lambda pair: (names.index(pair[0]["source"]), pair[0]["source_row"])
-            )
-        finally:
-            loop.close()
+        for row in read_rows(out / ROWS_FILE):
+            yield row, loop.run_until_complete(walk(row, config, attempts, ask, checked))
 
 
 def source_order(out: Path) -> list[str]:
     """Names of the sources, as intake read them."""
-    return json.loads((out / "intake.json").read_text())["sources"]
+    return list(json.loads((out / "intake.json").read_text())["sources"])
 
 
 def outcome(row: dict, done: Walk) -> dict:
@@ -93,13 +100,13 @@ def outcome(row: dict, done: Walk) -> dict:
 
 
 def send_again(config: DictConfig, out: Path, reasons: Iterable[str]) -> dict[str, int]:
-    """Has the stage that rejected a row for one of these reasons be asked again; returns how many rows by reason.
+    """Has the stage asked again that rejected a row for one of these reasons; returns how many rows by reason.
 
     What was marked before and not answered since is not marked twice. A reason may be STAGE:REASON.
     """
     counts = dict.fromkeys(reasons, 0)
     lines = []
-    for row, _ in walked(config, out):
+    for row in walked(config, out):
         for reason in counts:
             stage, _, code = reason.rpartition(":")
             if row["reason"] == code and row["stage"] in ([stage] if stage else [row["stage"]]):

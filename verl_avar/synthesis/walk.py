@@ -15,6 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from verl_avar.data.choices import with_options
 from verl_avar.data.schema import IMAGE
 from verl_avar.synthesis.checks import Context, Problem
 from verl_avar.synthesis.outcomes import ACCEPTED, PENDING, REJECTED, STAGES, TEXTS
@@ -44,7 +45,7 @@ class Unanswered(Exception):
 
 
 Asker = Callable[[Ask], Awaitable[dict]]  # -> record of the call: text, finish, prompt_tokens, …; or Unanswered
-Checker = Callable[[str, str, str, Context, Any], Awaitable[Problem | None]]  # checks.stages.check's arguments
+Checker = Callable[[str, str, str, Context], Awaitable[Problem | None]]  # (stage, text, finish, context)
 
 
 @dataclass
@@ -85,7 +86,7 @@ async def walk(row: dict, config: DictConfig, attempts: Callable[[str, str], int
         context = _context(row, done.texts)
         asks = [_ask(row, stage, settings, context, number, attempts, config) for number in range(settings.candidates)]
         try:
-            kept = await _candidates(asks, settings, context, config.checks[stage], ask, check, done)
+            kept = await _candidates(asks, settings, context, ask, check, done)
         except Unanswered as error:
             if error.reason != PENDING:
                 done.status, done.problem = REJECTED, Problem(error.reason, error.detail)
@@ -106,7 +107,7 @@ async def walk(row: dict, config: DictConfig, attempts: Callable[[str, str], int
 
 
 async def _candidates(
-    asks: list[Ask], settings: DictConfig, context: Context, checks: Any, ask: Asker, check: Checker, done: Walk
+    asks: list[Ask], settings: DictConfig, context: Context, ask: Asker, check: Checker, done: Walk
 ) -> list[str]:
     """The candidates' texts that pass the checks. With keep=first none is asked for after one that does."""
     kept = []
@@ -117,7 +118,7 @@ async def _candidates(
             if answer["finish"] == "bad_request":
                 problem = Problem("bad_request", answer["text"])
             else:
-                problem = await check(one.stage, answer["text"], answer["finish"], context, checks)
+                problem = await check(one.stage, answer["text"], answer["finish"], context)
             if problem is None:
                 kept.append(answer["text"])
             else:
@@ -150,7 +151,7 @@ def choose(texts: Sequence[str], keep: str) -> str:
 
 def _context(row: dict, texts: dict[str, str]) -> Context:
     return Context(
-        question=_worded(row["question"]),
+        question=_worded(with_options(row["question"], row["choices"])),
         answer=row["answer"],
         choices=list(row["choices"]),
         description=texts.get("describe"),
