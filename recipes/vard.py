@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -31,6 +32,6 @@ def write_vard(path: Path, rows: int, seed: int, console: Console) -> dict[str, 
         result = synthesise(config, console)
     if result.error or result.summary["pending"]:
         raise RuntimeError(f"cold-start data: {result.error or result.stop}; the same command goes on from here")
-    (out / "sft.parquet").replace(path)
+    shutil.copyfile(out / "sft.parquet", path)
     counts = {"rows": pq.read_metadata(path).num_rows, "left out": result.summary["rejected"]}
     return {name: count for name, count in counts.items() if count}
