@@ -100,8 +100,8 @@ class Seen:
     def _repeats(self, row: Fingerprint, item: int) -> bool:
         other = self._rows[item]
         looks = zip(row.hashes, row.thumbnails, other.hashes, other.thumbnails, strict=True)
-        return all(alike((a, b), (c, d), self._bands.distance) for a, b, c, d in looks) and same_wording(
-            row.question, other.question, self.similarity
+        return same_wording(row.question, other.question, self.similarity) and all(
+            alike((a, b), (c, d), self._bands.distance) for a, b, c, d in looks
         )
 
     def add(self, row: Fingerprint) -> None:
@@ -115,8 +115,9 @@ class Seen:
 
 
 def _key(row: Fingerprint) -> Hashable:
-    """What two near-duplicates have exactly the same."""
-    return row.answer, row.labels, row.choices, len(row.hashes)
+    """What two near-duplicates have exactly the same: with plain images, which say nothing, the whole question too."""
+    blank = all(plain(thumbnail) for thumbnail in row.thumbnails)
+    return row.answer, row.labels, row.choices, len(row.hashes), row.question if blank else None
 
 
 @dataclass(frozen=True, slots=True)
