@@ -19,7 +19,7 @@ LONG = 12  # words of a question that is told by its text alone
 class Match:
     """Why a row is left out."""
 
-    reason: str  # duplicate, near_duplicate or overlap
+    reason: str  # duplicate, near_duplicate or benchmark_overlap
     detail: str  # one line, naming what it repeats
 
 
@@ -164,7 +164,7 @@ class Benchmarks:
         if not found:
             return None
         first = self._questions[min(found)]
-        return Match("overlap", f"repeats row {first.row} of the benchmark {first.benchmark}")
+        return Match("benchmark_overlap", f"repeats row {first.row} of the benchmark {first.benchmark}")
 
     def _repeats(self, row: Fingerprint, question: Question) -> bool:
         from rapidfuzz import fuzz

@@ -26,7 +26,7 @@ REJECTS = pa.schema(
         ("id", pa.string()),  # null for a record that is no row
         pa.field("source", pa.string(), nullable=False),
         pa.field("source_row", pa.int64(), nullable=False),
-        # no_image, bad_image, no_question, no_answer, bad_row, duplicate, near_duplicate or overlap
+        # no_image, bad_image, no_question, no_answer, bad_row, duplicate, near_duplicate or benchmark_overlap
         pa.field("reason", pa.string(), nullable=False),
         pa.field("detail", pa.string(), nullable=False),
     ]
