@@ -206,6 +206,12 @@ def test_verdicts_name_large_losses_poor_sources_and_failing_endpoints(large):
     assert not any(line.startswith("reason: ") for line in lines)  # it had no failures
 
 
+def test_answers_that_anchoring_changed_call_for_another_anchor_prompt(large):
+    lines = verdicts(large | {"reasons": {"reason": {"wrong_answer": 300}, "anchor": {"wrong_answer": 200}}})
+    assert "What may help: more candidates" in lines[1]
+    assert lines[2].startswith("20 % of the rows were lost at anchor: wrong_answer. What may help: the anchor prompt")
+
+
 def test_a_run_without_accepted_rows_is_said_to_have_no_training_file(large):
     none = large | {"accepted": 0, "rejected": 1000}
     assert "Not one row was accepted, so that there is no training file." in verdicts(none)
