@@ -179,7 +179,7 @@ def test_the_command_makes_the_same_on_ray_as_without(tmp_path):
     alone, ray = (pq.read_table(tmp_path / name / "outcomes.parquet") for name in ("alone", "ray"))
     assert ray.equals(alone)
     counts = json.loads((tmp_path / "ray" / "summary.json").read_text())
-    assert 0 < counts["rejected"] and counts["accepted"] + counts["rejected"] == 100
+    assert counts["rejected"] > 0 and counts["accepted"] + counts["rejected"] == 100
     assert f"{counts['accepted']} of 100 rows accepted" in done.stdout and "--ray local --workers 2" in done.stdout
     shards = [path.name for path in (tmp_path / "ray" / "calls").iterdir()]
     assert len(shards) == 2 and all(name.startswith("ray-") for name in shards)

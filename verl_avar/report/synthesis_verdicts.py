@@ -20,8 +20,8 @@ HINTS = {
     "bunched_anchors": "the anchor prompt, or checks.anchor.min_spread",
     "ungrounded_anchors": "the anchor prompt, or checks.anchor.min_grounded",
     "call_failed": "the endpoint's own log, timeout_s and attempts; every run tries these rows again",
-    "bad_request": "a row's detail in rejected.jsonl: often a prompt longer than the model's context, an image too large, "
-    "or a setting in sampling that the endpoint does not know",
+    "bad_request": "what rejected.jsonl says: often a prompt longer than the model's context, an image too large, or a "
+    "setting in sampling that the endpoint does not know",
 }
 FAILURES = {
     "timeout": "raise timeout_s or lower concurrency",

@@ -35,8 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exit status 0: every row is accepted or rejected; 1: an endpoint or the cluster can't be used; 2: a mistake in the settings or
-    the data; 3: the budget is spent; 143: asked to end. After 1, 3 and 143 the same command goes on."""
+    """Exit status 0: every row is accepted or rejected; 1: an endpoint or the cluster can't be used; 2: a mistake in
+    the settings or the data; 3: the budget is spent; 143: asked to end. After 1, 3 and 143 the same command goes on.
+    """
     from verl_avar.synthesis.endpoint import EndpointError
     from verl_avar.synthesis.ray_data import ClusterError
 
