@@ -36,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit status 0: every row is accepted or rejected; 1: an endpoint or the cluster can't be used; 2: a mistake in
-    the settings or the data; 3: the budget is spent; 143: asked to end. After 1, 3 and 143 the same command goes on.
+    the settings or the data; 3: the budget is spent; 143: asked to end. After 1 and 143 the same command goes on,
+    after 3 with a larger budget.
     """
     from verl_avar.synthesis.endpoint import EndpointError
     from verl_avar.synthesis.ray_data import ClusterError
@@ -74,6 +75,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if result.error:
         raise result.error
     if result.stop:
-        print(f"stopped: {result.stop}; {result.summary['pending']:,} rows are left", file=sys.stderr)
+        how = "" if result.stop == SIGNALLED else "; a larger budget.tokens or budget.cost goes on from here"
+        print(f"stopped: {result.stop}; {result.summary['pending']:,} rows are left{how}", file=sys.stderr)
         return EXIT_STOPPED if result.stop == SIGNALLED else EXIT_BUDGET
     return 0
