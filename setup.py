@@ -52,6 +52,7 @@ TRAINING = [
     "scikit-learn>=1.5",  # the miniature's handwritten digits
     "tensordict>=0.10,<0.11",
     "cachetools",
+    "starlette",
     "uvicorn",
 ]
 
