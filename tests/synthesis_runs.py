@@ -317,9 +317,22 @@ def compare(
     wanted(0 <= twice <= allowed, f"{twice} calls were answered twice, at most {allowed} were in flight at kills")
     reasons = Counter(f"{row['stage']}: {row['reason']}" for row in made if row["reason"])
     return Comparison(
-        rows, summary["accepted"], summary["rejected"], dict(reasons.most_common()), requests, len(calls), share,
-        own_share, stats["responses"].get("limited", 0), len(different), twice, killed, once.peak_mb, once.seconds, failures,
-    )  # fmt: skip
+        rows=rows,
+        accepted=summary["accepted"],
+        rejected=summary["rejected"],
+        reasons=dict(reasons.most_common()),
+        requests=requests,
+        calls=len(calls),
+        share=share,
+        own_share=own_share,
+        limited=stats["responses"].get("limited", 0),
+        different=len(different),
+        twice=twice,
+        kills=killed,
+        peak_mb=once.peak_mb,
+        seconds=once.seconds,
+        failures=failures,
+    )
 
 
 def _counts(rows: list[dict]) -> tuple[int, int, int]:
