@@ -16,7 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from omegaconf import DictConfig
 
+from verl_avar.errors import ConfigError
 from verl_avar.synthesis.checks import Problem
+from verl_avar.synthesis.checks.reasons import INTAKE, REASONS
 from verl_avar.synthesis.checks.stages import check, find_anchors
 from verl_avar.synthesis.outcomes import OUTCOMES, PENDING, REJECTED, STAGES
 from verl_avar.synthesis.pipeline import RETRIES_FILE, ROWS_FILE, check_settings_of, read_attempts, read_rows
@@ -99,6 +101,21 @@ def outcome(row: dict, done: Walk) -> dict:
     return columns | {"anchors": anchors, "attention": None, "weight": 1.0}
 
 
+def check_reasons(reasons: Iterable[str]) -> None:
+    """Raises ConfigError for a `--retry` that no call can help: unknown, or a reason of where no model is asked."""
+    for given in reasons:
+        stage, _, code = given.rpartition(":")
+        if code not in REASONS:
+            raise ConfigError(f"--retry {given}: unknown reason '{code}'; known are {', '.join(REASONS)}")
+        if code in INTAKE:
+            how = "change the source, or `duplicates` and `overlap`"
+            raise ConfigError(f"--retry {given}: {code} is a reason of the intake, which asks no model; {how}")
+        if code == "attention_low":
+            raise ConfigError(f"--retry {given}: {code} is the selection's, which asks no model; change attention.keep")
+        if stage and stage not in STAGES:
+            raise ConfigError(f"--retry {given}: unknown stage '{stage}'; stages are {', '.join(STAGES)}")
+
+
 def send_again(config: DictConfig, out: Path, reasons: Iterable[str]) -> dict[str, int]:
     """Has the stage asked again that rejected a row for one of these reasons; returns how many rows by reason.
 
@@ -110,9 +127,9 @@ def send_again(config: DictConfig, out: Path, reasons: Iterable[str]) -> dict[st
         for reason in counts:
             stage, _, code = reason.rpartition(":")
             if row["reason"] == code and row["stage"] in ([stage] if stage else [row["stage"]]):
-                if row["stage"] in STAGES and code != "call_failed":  # which every run makes again
+                counts[reason] += 1
+                if code != "call_failed":  # which every run makes again
                     lines.append({"row": row["id"], "stage": row["stage"], "reason": code, "time": time.time()})
-                    counts[reason] += 1
                 break
     with (out / RETRIES_FILE).open("a") as file:
         file.write("".join(json.dumps(line) + "\n" for line in lines))

@@ -38,10 +38,10 @@ def biases(condition: str) -> dict[str, float]:
     return {part[1]: float(part[2]) for part in parts} if all(parts) else {}
 
 
-def changed(question: dict, condition: str, others: Callable[[str], Sequence[bytes]]) -> dict:
+def changed(question: dict, condition: str, others: Callable[[dict], Sequence[bytes]] | None) -> dict:
     """The row of schema.QUESTIONS as the condition has it.
 
-    others: question id -> the images that it gets from another question.
+    others: question -> the images that `other_image` gives it.
     """
     images = [image["bytes"] for image in question["images"]]
     if condition == PLAIN or biases(condition) or not images:
@@ -51,7 +51,7 @@ def changed(question: dict, condition: str, others: Callable[[str], Sequence[byt
     if condition == "grey_image":
         new = [grey(image) for image in images]
     elif condition == "other_image":
-        new = list(others(question["id"]))
+        new = list(others(question))
     else:
         new = [blackout(image, f"{question['id']} {number}") for number, image in enumerate(images)]
     return question | {"images": [{"bytes": image} for image in new]}

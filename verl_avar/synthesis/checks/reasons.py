@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+# Of rows that no stage was asked about.
+INTAKE = (
+    "bad_row",
+    "no_image",
+    "bad_image",
+    "no_question",
+    "no_answer",
+    "duplicate",
+    "near_duplicate",
+    "benchmark_overlap",
+)
 REASONS: dict[str, str] = {
     # intake
     "bad_row": "the source's row lacks what a row needs, or holds it in another form",
