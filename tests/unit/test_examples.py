@@ -73,7 +73,8 @@ def test_read_parquet(run, tmp_path):
 
 
 def test_synthesis(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("verl_avar.miniature.data.write_questions", lambda path, _, seed: write_questions(path, 60, seed))
+    fewer = "verl_avar.miniature.data.write_questions"
+    monkeypatch.setattr(fewer, lambda path, _, seed: write_questions(path, 60, seed))
     with pytest.raises(SystemExit, match="0"):
         run("synthesis.py", str(tmp_path))
     summary = json.loads((tmp_path / "vard" / "summary.json").read_text(encoding="utf-8"))
