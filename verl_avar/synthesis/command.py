@@ -14,7 +14,7 @@ from pathlib import Path
 from verl_avar.errors import ConfigError
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_BUDGET = 1, 2, 3
-EXIT_STOPPED = 128 + signal.SIGTERM
+EXIT_STOPPED, EXIT_INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit status 0: every row is accepted or rejected; 1: an endpoint can't be used; 2: a mistake in the settings or
-    the data; 3: the budget is spent; 143: asked to end. After 1, 3 and 143 the same command goes on."""
+    the data; 3: the budget is spent; 143: asked to end, by a signal while calls are made;
+    130: by Ctrl-C at another time. After 1, 3, 130 and 143 the same command goes on."""
     from verl_avar.synthesis.endpoint import EndpointError
 
     try:
@@ -49,6 +50,9 @@ def run(arguments: argparse.Namespace) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("stopped. The same command goes on from here", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except (EndpointError, OSError) as error:
         print(f"error: {error}. The same command goes on from here", file=sys.stderr)
         return EXIT_FAILED
@@ -65,7 +69,7 @@ def _run(arguments: argparse.Namespace) -> int:
     settings, console = config.load(arguments.config, arguments.overrides), Console()
     result = synthesise(settings, console, arguments.retry, arguments.ray, arguments.workers)
     again = f"avar synth run {arguments.config}" + "".join(f" {override}" for override in arguments.overrides)
-    print_summary(result.summary, console, settings.out, again)
+    print_summary(result.summary, console, Path(settings.out).expanduser(), again)
     if result.error:
         raise result.error
     if result.stop:

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -16,12 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from omegaconf import DictConfig
 
+from verl_avar.errors import ConfigError
 from verl_avar.synthesis.checks import Problem
+from verl_avar.synthesis.checks.reasons import STAGE_REASONS
 from verl_avar.synthesis.checks.stages import check, find_anchors
 from verl_avar.synthesis.outcomes import OUTCOMES, PENDING, REJECTED, STAGES
 from verl_avar.synthesis.pipeline import RETRIES_FILE, ROWS_FILE, check_settings_of, read_attempts, read_rows
-from verl_avar.synthesis.store import CALLS, FAILURES, Lines
-from verl_avar.synthesis.walk import Ask, Unanswered, Walk, walk
+from verl_avar.synthesis.store import CALLS, FAILURES, Lines, write_whole
+from verl_avar.synthesis.walk import CALL_FAILED, Ask, Unanswered, Walk, walk
 
 OUTCOMES_FILE, INTAKE_FILE = "outcomes.parquet", "intake.parquet"
 WRITTEN_AT_ONCE = 256  # rows
@@ -77,7 +80,7 @@ def walks(config: DictConfig, out: Path) -> Iterator[tuple[dict, Walk]]:
             if call := stored.get(one.key):
                 return call
             if failure := failed.get(one.key):
-                raise Unanswered("call_failed", failure["detail"])
+                raise Unanswered(CALL_FAILED, failure["detail"])
             raise Unanswered(PENDING)
 
         async def checked(stage: str, *arguments) -> Problem | None:
@@ -99,21 +102,30 @@ def outcome(row: dict, done: Walk) -> dict:
     return columns | {"anchors": anchors, "attention": None, "weight": 1.0}
 
 
-def send_again(config: DictConfig, out: Path, reasons: Iterable[str]) -> dict[str, int]:
+def send_again(config: DictConfig, out: Path, wanted: Iterable[str]) -> dict[str, int]:
     """Has the stage asked again that rejected a row for one of these reasons; returns how many rows by reason.
 
-    What was marked before and not answered since is not marked twice. A reason may be STAGE:REASON.
+    What was marked before and not answered since is not marked twice; call_failed needs no mark, for every run makes
+    such calls again. wanted: reason codes of stages, or STAGE:REASON. Raises ConfigError for any other.
     """
-    counts = dict.fromkeys(reasons, 0)
-    lines = []
+    counts = dict.fromkeys(wanted, 0)
+    there: Counter = Counter()
+    marked = {}  # by row and stage: rows may have the same id
     for row in walked(config, out):
-        for reason in counts:
-            stage, _, code = reason.rpartition(":")
-            if row["reason"] == code and row["stage"] in ([stage] if stage else [row["stage"]]):
-                if row["stage"] in STAGES and code != "call_failed":  # which every run makes again
-                    lines.append({"row": row["id"], "stage": row["stage"], "reason": code, "time": time.time()})
-                    counts[reason] += 1
-                break
-    with (out / RETRIES_FILE).open("a") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines))
+        stage, code = row["stage"], row["reason"]
+        if row["status"] != REJECTED or stage not in STAGES:
+            continue
+        there[f"{stage}:{code}"] += 1
+        if reason := next((one for one in counts if one in (code, f"{stage}:{code}")), None):
+            counts[reason] += 1
+            if code != CALL_FAILED:
+                marked[row["id"], stage] = {"row": row["id"], "stage": stage, "reason": code, "time": time.time()}
+    for reason in counts:
+        stage, colon, code = reason.rpartition(":")
+        if code not in STAGE_REASONS or (colon and stage not in STAGES):
+            known = ", ".join(f"{one} ({count:,} rows)" for one, count in there.most_common()) or "none"
+            raise ConfigError(f"--retry {reason}: stages reject no row for that; reasons of this run: {known}")
+    path = out / RETRIES_FILE
+    before = path.read_text() if path.exists() else ""
+    write_whole(path, before + "".join(json.dumps(line) + "\n" for line in marked.values()))
     return counts
