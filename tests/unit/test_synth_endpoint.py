@@ -92,11 +92,12 @@ def ask(base_url, times=1, may_go=lambda: True, messages=ASK, sampling=None, rea
 
 def test_an_answer_comes_with_its_finish_and_tokens(serve):
     url, seen = serve((200, completion("four", "length"), {}))
-    (answer,), counts = ask(url, sampling={"temperature": 0.5, "seed": 3, "max_tokens": 9})
+    sampling = {"temperature": 0.5, "seed": 3, "max_tokens": 9, "top_k": 20}  # the last of the server's own
+    (answer,), counts = ask(url, sampling=sampling)
     assert (answer.text, answer.finish, answer.model) == ("four", "length", "m-1")
     assert (answer.prompt_tokens, answer.completion_tokens) == (7, 3)
     assert counts == {"requests": 1, "answers": 1}
-    assert seen[0]["body"] == {"model": "m", "messages": ASK, "temperature": 0.5, "seed": 3, "max_tokens": 9}
+    assert seen[0]["body"] == {"model": "m", "messages": ASK, **sampling}
 
 
 @pytest.mark.parametrize(

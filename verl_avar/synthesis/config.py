@@ -5,9 +5,11 @@ API keys are no settings: an endpoint names the environment variable that holds 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -20,6 +22,10 @@ from verl_avar.synthesis.outcomes import STAGES
 
 KEEP = ("first", "shortest", "longest", "most_anchors", "attention")
 OUTPUTS = ("sft", "rl", "sharegpt", "dataset")
+# Of a request, but not sampling's: ours, another setting's, or the Python client's.
+NOT_SAMPLING = ("model", "messages", "n", "stream", "stream_options", "extra_body", "extra_headers", "extra_query")
+SECRETS = ("api_key", "apikey", "x_api_key", "key", "token", "authorization", "password", "secret")
+LOGIN = re.compile(r"://(?!\$\{)[^/@\s]+@")  # in an address, written out
 
 
 @dataclass
@@ -65,7 +71,8 @@ class Stage:
     model: str = MISSING
     prompt: str | None = None  # jinja file with blocks system and user; beside the yaml; null: the shipped one
     images: bool = False  # send the images; `describe` must, the others may
-    sampling: dict[str, Any] = field(default_factory=dict)  # temperature, top_p, max_tokens, … as the API names them
+    # temperature, top_p, max_tokens, …: fields of the request's body, those of the server's own (top_k) among them
+    sampling: dict[str, Any] = field(default_factory=dict)
     send_seed: bool = True  # a `seed` for each call, of the run's; false for servers that refuse one
     reasoning: bool = False  # put a model's separate `reasoning_content` into <think>…</think> before its answer
     candidates: int = 1  # texts asked for; one is kept
@@ -145,8 +152,13 @@ def load(path: Path | str, overrides: list[str] = ()) -> DictConfig:
             raise ConfigError(f"{path}: not a yaml of settings")
         if bad := [o for o in overrides if "=" not in o]:
             raise ConfigError(f"'{bad[0]}' is not an override; write key=value, such as budget.cost=20")
-        _no_secrets(OmegaConf.to_container(given), path)
-        config = OmegaConf.merge(OmegaConf.structured(Synthesis), given, OmegaConf.from_dotlist(list(overrides)))
+        changes = OmegaConf.from_dotlist(list(overrides))
+        for settings in (given, changes):
+            _no_secrets(OmegaConf.to_container(settings), path)
+        config = OmegaConf.merge(OmegaConf.structured(Synthesis), given, changes)
+        if missing := OmegaConf.missing_keys(config):
+            raise ConfigError(f"{path}: no value for {', '.join(sorted(missing))}")
+        check(config, path)
     except FileNotFoundError:
         raise ConfigError(f"no config {path}") from None
     except yaml.YAMLError as error:
@@ -154,9 +166,6 @@ def load(path: Path | str, overrides: list[str] = ()) -> DictConfig:
     except OmegaConfBaseException as error:
         where = f" (at {error.full_key})" if error.full_key else ""
         raise ConfigError(f"{path}: {str(error).splitlines()[0]}{where}") from None
-    if missing := OmegaConf.missing_keys(config):
-        raise ConfigError(f"{path}: no value for {', '.join(sorted(missing))}")
-    check(config, path)
     for stage in STAGES:
         if config.stages[stage].prompt is not None:
             config.stages[stage].prompt = str(path.parent / Path(config.stages[stage].prompt).expanduser())
@@ -168,9 +177,14 @@ def check(config: DictConfig, path: Path) -> None:
     for name, endpoint in config.endpoints.items():
         if not str(endpoint.base_url).startswith(("http://", "https://")):
             raise ConfigError(f"{path}: endpoints.{name}.base_url is '{endpoint.base_url}'; wanted http(s)://…/v1")
+        if "@" in urlsplit(endpoint.base_url).netloc:
+            raise ConfigError(f"{path}: endpoints.{name}.base_url has a name or password, which cards would show")
         for key in ("concurrency", "attempts", "timeout_s"):
             if endpoint[key] <= 0:
                 raise ConfigError(f"{path}: endpoints.{name}.{key} must be positive, it is {endpoint[key]}")
+        for key in ("backoff_s", "backoff_max_s"):
+            if endpoint[key] < 0:
+                raise ConfigError(f"{path}: endpoints.{name}.{key} must not be negative, it is {endpoint[key]}")
         for key in ("requests_per_minute", "tokens_per_minute"):
             if endpoint[key] is not None and endpoint[key] <= 0:
                 raise ConfigError(f"{path}: endpoints.{name}.{key} must be positive, it is {endpoint[key]}")
@@ -182,6 +196,11 @@ def check(config: DictConfig, path: Path) -> None:
         if stage.keep not in KEEP or (stage.keep in KEEP[3:] and name != "anchor"):
             known = KEEP if name == "anchor" else KEEP[:3]
             raise ConfigError(f"{path}: stages.{name}.keep is '{stage.keep}'; known are {', '.join(known)}")
+        if unfit := [key for key in stage.sampling if key in NOT_SAMPLING]:
+            raise ConfigError(
+                f"{path}: stages.{name}.sampling.{unfit[0]}: sampling holds fields of the request's body such as "
+                "temperature; several texts are asked for by `candidates`"
+            )
         if stage.candidates < 1:
             raise ConfigError(f"{path}: stages.{name}.candidates must be at least 1, it is {stage.candidates}")
     if not config.stages.describe.images:
@@ -197,13 +216,15 @@ def check(config: DictConfig, path: Path) -> None:
 
 
 def _no_secrets(node: Any, path: Path, where: str = "") -> None:
-    """Raises ConfigError where a key stands in the file: it would end in copies, logs and repositories."""
+    """Raises ConfigError where a key stands in the settings: it would end in copies, logs and repositories."""
     if isinstance(node, dict):
         for key, value in node.items():
             name = f"{where}.{key}" if where else str(key)
-            if str(key).lower() in ("api_key", "key", "token", "authorization"):
-                raise ConfigError(f"{path}: {name}: keys don't go into files; name its variable in api_key_env")
+            if str(key).lower().replace("-", "_") in SECRETS:
+                raise ConfigError(f"{path}: {name}: keys don't go into settings; name its variable in api_key_env")
             _no_secrets(value, path, name)
     elif isinstance(node, list):
         for index, value in enumerate(node):
             _no_secrets(value, path, f"{where}[{index}]")
+    elif isinstance(node, str) and LOGIN.search(node):
+        raise ConfigError(f"{path}: {where}: names and passwords or keys don't go into settings; ${{oc.env:NAME}} does")

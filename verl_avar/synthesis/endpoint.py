@@ -148,7 +148,7 @@ class Endpoint:
             counts["requests"] += 1
             try:
                 client = next(self.turns)
-                reply = await client.chat.completions.create(model=model, messages=messages, **sampling)
+                reply = await client.chat.completions.create(model=model, messages=messages, extra_body=sampling)
                 answer = _answer(reply, model, reasoning, time.monotonic() - start)
             except (openai.OpenAIError, json.JSONDecodeError, UnicodeDecodeError) as error:
                 refused = self._judge(error, time.monotonic() - start)
