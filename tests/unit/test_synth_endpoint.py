@@ -222,6 +222,23 @@ def test_no_request_is_made_once_it_may_not(serve):
     assert isinstance(error, Stopping) and seen == [] and counts == {}
 
 
+@pytest.mark.parametrize(
+    ("reply", "settings"),
+    [
+        ((200, completion(), {}), {"requests_per_minute": 2.0}),
+        ((200, completion(), {}), {"tokens_per_minute": 600.0}),
+        ((429, {"error": {"message": "wait"}}, {"retry-after": "50"}), {}),
+        ((500, {"error": {"message": "oops"}}, {}), {"backoff_s": 50.0}),
+    ],
+)
+def test_no_wait_holds_up_a_run_that_is_to_end(serve, reply, settings):
+    url, seen = serve(reply)
+    start = time.monotonic()
+    results, _ = ask(url, times=3, may_go=lambda: time.monotonic() < start + 1, **settings)
+    assert time.monotonic() - start < 5 and seen
+    assert sum(isinstance(result, Stopping) for result in results) >= 2
+
+
 def test_requests_keep_to_the_stated_rate_and_use_it(serve):
     url, seen = serve((200, completion(), {}))
     rate = 40.0  # a second

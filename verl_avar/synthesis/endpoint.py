@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from verl_avar.errors import ConfigError
+from verl_avar.synthesis.waiting import Stopping, pause, turn
 
 TOKEN_WINDOW_S = 10.0  # tokens are let through in shares of the minute: a whole minute's at once would be refused
 FIRST_TOKENS = 1000.0  # a call's tokens, until some are known
@@ -29,10 +30,6 @@ KINDS = {408: "timeout", 409: "server_error", 429: "rate_limit"}
 
 class EndpointError(RuntimeError):
     """The endpoint as a whole can't be used: a wrong key, model or address, or nothing answers any more."""
-
-
-class Stopping(Exception):
-    """No more requests are to be made: the budget is spent, or the run was asked to end."""
 
 
 class CallFailed(RuntimeError):
@@ -123,6 +120,7 @@ class Endpoint:
             retry=retry_if_exception_type(_Transient),
             stop=stop_after_attempt(settings.attempts),
             wait=wait,
+            sleep=lambda seconds: pause(seconds, self.may_go),
             reraise=True,
         )
         try:
@@ -136,9 +134,9 @@ class Endpoint:
         async with self.places:
             expected = self.expected.get(model, FIRST_TOKENS)
             if self.tokens:
-                await self.tokens.acquire(min(expected, self.tokens.max_rate))
+                await turn(self.tokens, min(expected, self.tokens.max_rate), self.may_go)
             if self.requests:
-                await self.requests.acquire()
+                await turn(self.requests, 1, self.may_go)
             if not self.may_go():
                 raise Stopping
             start = time.monotonic()
