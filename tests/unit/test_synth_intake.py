@@ -86,8 +86,8 @@ def test_what_a_benchmark_asks_is_left_out(source, tmp_path):
     for number, overlap in enumerate(({"benchmarks": [tsv]}, {"hashes": [str(tmp_path / "hashes.parquet")]})):
         out = tmp_path / f"out{number}"
         counts = intake(settings(source, overlap=OmegaConf.structured(Overlap(**overlap))), out)
-        assert counts["reasons"]["overlap"] == 1 and counts["benchmarks"] == {"questions": 1, "unread": 0}
-        assert ("mine", 3, "overlap", "repeats row 0 of the benchmark bench") in left_out(out)
+        assert counts["reasons"]["benchmark_overlap"] == 1 and counts["benchmarks"] == {"questions": 1, "unread": 0}
+        assert ("mine", 3, "benchmark_overlap", "repeats row 0 of the benchmark bench") in left_out(out)
 
 
 def test_a_rerun_reads_nothing_and_a_change_reads_again(source, tmp_path, monkeypatch):

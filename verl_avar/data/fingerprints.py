@@ -100,7 +100,7 @@ def alike(one: tuple[int, bytes], other: tuple[int, bytes], distance: int) -> bo
 
 
 def _close(one: bytes, other: bytes) -> bool:
-    return all(abs(a - b) <= THUMBNAIL_DIFFERENCE for a, b in zip(one, other, strict=True))
+    return one == other or all(abs(a - b) <= THUMBNAIL_DIFFERENCE for a, b in zip(one, other, strict=True))
 
 
 def plain(thumbnail: bytes) -> bool:

@@ -19,7 +19,7 @@ LONG = 12  # words of a question that is told by its text alone
 class Match:
     """Why a row is left out."""
 
-    reason: str  # duplicate, near_duplicate or overlap
+    reason: str  # duplicate, near_duplicate or benchmark_overlap
     detail: str  # one line, naming what it repeats
 
 
@@ -100,8 +100,8 @@ class Seen:
     def _repeats(self, row: Fingerprint, item: int) -> bool:
         other = self._rows[item]
         looks = zip(row.hashes, row.thumbnails, other.hashes, other.thumbnails, strict=True)
-        return all(alike((a, b), (c, d), self._bands.distance) for a, b, c, d in looks) and same_wording(
-            row.question, other.question, self.similarity
+        return same_wording(row.question, other.question, self.similarity) and all(
+            alike((a, b), (c, d), self._bands.distance) for a, b, c, d in looks
         )
 
     def add(self, row: Fingerprint) -> None:
@@ -115,8 +115,9 @@ class Seen:
 
 
 def _key(row: Fingerprint) -> Hashable:
-    """What two near-duplicates have exactly the same."""
-    return row.answer, row.labels, row.choices, len(row.hashes)
+    """What two near-duplicates have exactly the same: with plain images, which say nothing, the whole question too."""
+    blank = all(plain(thumbnail) for thumbnail in row.thumbnails)
+    return row.answer, row.labels, row.choices, len(row.hashes), row.question if blank else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +164,7 @@ class Benchmarks:
         if not found:
             return None
         first = self._questions[min(found)]
-        return Match("overlap", f"repeats row {first.row} of the benchmark {first.benchmark}")
+        return Match("benchmark_overlap", f"repeats row {first.row} of the benchmark {first.benchmark}")
 
     def _repeats(self, row: Fingerprint, question: Question) -> bool:
         from rapidfuzz import fuzz

@@ -31,7 +31,9 @@ class Fault:
 
 @dataclass(frozen=True)
 class Kind:
-    """A layout that is recognised: by the first of its columns."""
+    """A layout that is recognised by the first of its columns. Only the first of a row's `faults` is asked for: what
+    follows it may take for granted that it is not there.
+    """
 
     name: str
     columns: tuple[str, ...]
@@ -135,7 +137,7 @@ def _turns(messages: Any, column: str, repeated: tuple[str, ...]) -> Iterator[Fa
     """A system turn, then `repeated`, as often as it takes."""
     if not messages or not all(isinstance(message.get("content"), str) for message in messages):
         yield Fault(column, "no messages, or one without a text", "a list of {role, content}")
-        messages[:] = messages and [{"role": m.get("role"), "content": m.get("content") or ""} for m in messages]
+        return
     roles = [message["role"] for message in messages]
     if roles[:1] != ["system"]:
         yield Fault(column, f"the roles are {roles}", "begin with a system turn: attention is set against it")

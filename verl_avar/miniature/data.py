@@ -4,12 +4,15 @@ SFT rows follow verl 0.9.1's MultiTurnSFTDataset (`messages`, `images`), RL and 
 (`prompt`, `images`, `data_source`, `reward_model`, `extra_info`). Questions alone, from which `avar synth run` makes
 cold-start data, are rows of `verl_avar.data.schema.ROWS`. Every writer is deterministic by its seed and leaves no
 half-written file behind.
+
+    python -m verl_avar.miniature.data questions.parquet 200 [SEED]      writes questions
 """
 
 import io
 import json
 import os
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -160,3 +163,9 @@ def _write(path: Path | str, schema: pa.Schema, rows: Iterator[dict]) -> Path:
     finally:
         part.unlink(missing_ok=True)
     return path
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (3, 4) or not all(number.isdecimal() for number in sys.argv[2:]):
+        sys.exit("usage: python -m verl_avar.miniature.data FILE ROWS [SEED]")
+    print(write_questions(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) if sys.argv[3:] else 0))

@@ -126,10 +126,10 @@ def prompt(name: str, stage: dict, file: str | None) -> dict:
     known = {"name": path.name if file else "built in", "sha256": stage["prompt_sha256"], "text": None, "why": ""}
     if not path.is_file():
         return known | {"why": "The template was not there when this card was written."}
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != stage["prompt_sha256"]:
+    content = path.read_text(encoding="utf-8")
+    if hashlib.sha256(content.encode()).hexdigest() != stage["prompt_sha256"]:
         return known | {"why": "The template has been changed since the run, so that its text is not shown."}
-    return known | {"text": content.decode()}
+    return known | {"text": content}
 
 
 def stage_table(stages: list[dict]) -> list[tuple[str, list[str]]]:

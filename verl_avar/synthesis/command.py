@@ -7,6 +7,7 @@ avar synth prompts FOLDER                                       copies the promp
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -34,9 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exit status 0: every row is accepted or rejected; 1: an endpoint can't be used; 2: a mistake in the settings or
-    the data; 3: the budget is spent; 143: asked to end. After 1, 3 and 143 the same command goes on."""
+    """Exit status 0: every row is accepted or rejected; 1: an endpoint or the cluster can't be used; 2: a mistake in
+    the settings or the data; 3: the budget is spent; 143: asked to end. After 1, 3 and 143 the same command goes on.
+    """
     from verl_avar.synthesis.endpoint import EndpointError
+    from verl_avar.synthesis.ray_data import ClusterError
 
     try:
         if arguments.synth == "prompts":
@@ -49,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    except (EndpointError, OSError) as error:
+    except (EndpointError, ClusterError, OSError) as error:
         print(f"error: {error}. The same command goes on from here", file=sys.stderr)
         return EXIT_FAILED
 
@@ -64,8 +67,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
     settings, console = config.load(arguments.config, arguments.overrides), Console()
     result = synthesise(settings, console, arguments.retry, arguments.ray, arguments.workers)
-    again = f"avar synth run {arguments.config}" + "".join(f" {override}" for override in arguments.overrides)
-    print_summary(result.summary, console, settings.out, again)
+    again = ["avar", "synth", "run", arguments.config, *arguments.overrides]
+    if arguments.ray is not None:
+        again += ["--ray", arguments.ray, "--workers", str(arguments.workers)]
+    print_summary(result.summary, console, settings.out, shlex.join(again))
     if result.error:
         raise result.error
     if result.stop:

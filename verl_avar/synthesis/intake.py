@@ -26,14 +26,14 @@ REJECTS = pa.schema(
         ("id", pa.string()),  # null for a record that is no row
         pa.field("source", pa.string(), nullable=False),
         pa.field("source_row", pa.int64(), nullable=False),
-        # no_image, bad_image, no_question, no_answer, bad_row, duplicate, near_duplicate or overlap
+        # no_image, bad_image, no_question, no_answer, bad_row, duplicate, near_duplicate or benchmark_overlap
         pa.field("reason", pa.string(), nullable=False),
         pa.field("detail", pa.string(), nullable=False),
     ]
 )
 GROUP = 64  # rows of a row group, and in memory
 SETTINGS = ("sources", "duplicates", "overlap", "max_pixels")  # what decides about the rows
-RULES = 1  # of reading and comparing; another number makes every intake be done again
+RULES = 2  # of reading and comparing; another number makes every intake be done again
 
 
 def intake(config: DictConfig, out: Path | str, progress: Callable[[int, int], None] | None = None) -> dict:

@@ -63,8 +63,8 @@ def check(path: Path | None, stage: str) -> None:
 
 
 def template_hash(path: Path | None, stage: str) -> str:
-    """32 hexadecimal digits of SHA-256 over the template's text: another text is another prompt."""
-    return hashlib.sha256(_load(path, stage)[0].encode()).hexdigest()[:32]
+    """SHA-256 of the template's text, in hexadecimal: another text is another prompt."""
+    return hashlib.sha256(_load(path, stage)[0].encode()).hexdigest()
 
 
 def copy_prompts(folder: Path | str) -> list[Path]:
