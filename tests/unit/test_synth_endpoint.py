@@ -93,11 +93,12 @@ def ask(base_url, times=1, may_go=lambda: True, messages=ASK, sampling=None, rea
 
 def test_an_answer_comes_with_its_finish_and_tokens(serve):
     url, seen = serve((200, completion("four", "length"), {}))
-    (answer,), counts = ask(url, sampling={"temperature": 0.5, "seed": 3, "max_tokens": 9})
+    sampling = {"temperature": 0.5, "seed": 3, "max_tokens": 9, "top_k": 20}  # the last of the server's own
+    (answer,), counts = ask(url, sampling=sampling)
     assert (answer.text, answer.finish, answer.model) == ("four", "length", "m-1")
     assert (answer.prompt_tokens, answer.completion_tokens) == (7, 3)
     assert counts == {"requests": 1, "answers": 1}
-    assert seen[0]["body"] == {"model": "m", "messages": ASK, "temperature": 0.5, "seed": 3, "max_tokens": 9}
+    assert seen[0]["body"] == {"model": "m", "messages": ASK, **sampling}
 
 
 @pytest.mark.parametrize(
@@ -220,6 +221,23 @@ def test_no_request_is_made_once_it_may_not(serve):
     url, seen = serve((200, completion(), {}))
     (error,), counts = ask(url, may_go=lambda: False)
     assert isinstance(error, Stopping) and seen == [] and counts == {}
+
+
+@pytest.mark.parametrize(
+    ("reply", "settings"),
+    [
+        ((200, completion(), {}), {"requests_per_minute": 2.0}),
+        ((200, completion(), {}), {"tokens_per_minute": 600.0}),
+        ((429, {"error": {"message": "wait"}}, {"retry-after": "50"}), {}),
+        ((500, {"error": {"message": "oops"}}, {}), {"backoff_s": 50.0}),
+    ],
+)
+def test_no_wait_holds_up_a_run_that_is_to_end(serve, reply, settings):
+    url, seen = serve(reply)
+    start = time.monotonic()
+    results, _ = ask(url, times=3, may_go=lambda: time.monotonic() < start + 1, **settings)
+    assert time.monotonic() - start < 5 and seen
+    assert sum(isinstance(result, Stopping) for result in results) >= 2
 
 
 def test_requests_keep_to_the_stated_rate_and_use_it(serve):
