@@ -94,6 +94,33 @@ def test_mathvista_asks_without_the_publishers_hint_and_says_how_an_answer_is_ju
     assert asked(rows["3"], "harness").startswith("<image>Hint: Please answer the question requiring a floating-point")
 
 
+def test_mathvistas_answer_is_an_options_text_even_where_that_is_a_letter_or_stands_twice(tmp_path, copies):
+    import pyarrow.parquet as pq
+
+    base = pq.read_table(copies["parquet"] / "MathVista/data/testmini-00000-of-00001.parquet").to_pylist()[0]
+    base |= {"decoded_image": base["decoded_image"]["bytes"]}
+    given = [(["C", "B", "A"], "A"), (["18", "20", "18"], "18")]
+    rows = [base | {"pid": str(n), "choices": choices, "answer": answer} for n, (choices, answer) in enumerate(given)]
+    write_parquet(tmp_path / "mathvista.parquet", rows)
+    first, second = questions("mathvista", tmp_path).values()
+    assert first["answer"] == "C" and "also_right" not in meta(first)
+    assert second["answer"] == "A" and meta(second)["also_right"] == ["C"]
+
+
+def test_mathvision_puts_the_picture_first_where_only_the_options_name_it(tmp_path):
+    row = {
+        "id": "1",
+        "question": "Which?",
+        "options": ["<image2>", "<image3>"],
+        "answer": "B",
+        "level": 1,
+        "subject": "a",
+    }
+    write_parquet(tmp_path / "mathvision.parquet", [row | {"decoded_image": picture("1")}])
+    found = questions("mathvision", tmp_path)["1"]
+    assert (found["question"], found["choices"], len(found["images"])) == ("<image>Which?", ["<image2>", "<image3>"], 1)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_mathvision_has_one_picture_for_all_its_placeholders(copies, form):
     rows = questions("mathvision", copies[form])

@@ -33,7 +33,8 @@ def question_of(record: dict, benchmark: Benchmark, part: Part, layout: Layout, 
     """A row of schema.QUESTIONS; its id is the copy's. Raises LeftOut, and ValueError for a record that is no question.
 
     meta holds the layout's columns, and where they apply: `part`; `asked`, the question as the copy words it with the
-    publisher's instructions; `options_in_image`; `also_right`, other right answers; `images_not_shown`, how many the
+    publisher's instructions; `options_in_image`; `also_right`, other right answers (for a choice
+    letters); `images_not_shown`, how many the
     text does not name.
     """
     meta = {name: _jsonable(value_of(record, column)) for name, column in layout.meta.items()}
@@ -180,13 +181,11 @@ def _placed(
 
     Where there are none the images come first, all of them.
     """
-    found = []
     if benchmark.placeholder is not None:
         pattern = re.compile(re.escape(benchmark.placeholder).replace(re.escape("{n}"), r"(\d+)"))
         if benchmark.several_in_one:
-            text, found = pattern.sub(IMAGE * len(images), text, count=1), pattern.findall(text)
-            if found:
-                return text, choices, sorted(images)
+            placed_text, found = pattern.subn(IMAGE * len(images), text, count=1)
+            return placed_text if found else IMAGE * len(images) + text, choices, sorted(images)
         texts = [text] if part.options_in_image else [text, *choices]
         found = [int(number) for each in texts for number in pattern.findall(each)]
         if absent := [number for number in found if number not in images]:
@@ -227,12 +226,16 @@ def _answer(
     if kind != "choice":
         several = _listed(text) if benchmark.several_answers else []
         return (several[0], several[1:]) if several else (text, [])
-    letter = text if re.fullmatch("[A-Z]", text) else letter_of(text, choices)
-    if not re.fullmatch("[A-Z]", letter):
+    if layout.answer_is_text or not re.fullmatch("[A-Z]", text):
+        same = [letter for letter, option in zip(ascii_uppercase, choices, strict=False) if option == text]
+        letters = same or [letter_of(text, choices)]  # two options may read the same
+    else:
+        letters = [text]
+    if not re.fullmatch("[A-Z]", letters[0]):
         raise ValueError(f"the answer '{text[:60]}' is neither a letter nor one of the {len(choices)} options")
-    if choices and ascii_uppercase.index(letter) >= len(choices):
-        raise ValueError(f"the answer is {letter}, but there are {len(choices)} options")
-    return letter, []
+    if choices and ascii_uppercase.index(letters[0]) >= len(choices):
+        raise ValueError(f"the answer is {letters[0]}, but there are {len(choices)} options")
+    return letters[0], letters[1:]
 
 
 def _listed(text: str) -> list[str]:
