@@ -10,7 +10,7 @@ import pytest
 from benchmark_copies import BENCHMARKS, picture, write_copies, write_parquet, write_tsv
 
 from verl_avar.errors import ConfigError
-from verl_avar.evaluation.benchmark.definition import load_definition
+from verl_avar.evaluation.benchmark.definition import FOLDER, load_definition
 from verl_avar.evaluation.benchmark.load import load
 from verl_avar.evaluation.benchmark.prompts import messages, protocol, text_messages
 from verl_avar.evaluation.benchmark.schema import ANSWER_TYPES, QUESTIONS
@@ -245,6 +245,16 @@ def test_images_go_as_they_are_but_kinds_that_servers_do_not_read(tmp_path):
     assert rows["0"]["images"] == [{"bytes": kept}]
     assert messages(rows["0"])[-1]["content"][0]["image_url"]["url"].startswith("data:image/jpeg;base64,")
     assert rows["1"]["images"][0]["bytes"].startswith(b"\x89PNG")
+
+
+def test_the_readmes_example_of_an_own_benchmark_works(tmp_path):
+    text = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text(text.partition("```yaml\n")[2].partition("```")[0])
+    rows = [{"id": "a", "question": "How many?", "answer": "3", "image": picture("1"), "options": None}]
+    rows.append(rows[0] | {"id": "b", "options": "['one', 'two']", "answer": "two"})
+    write_parquet(tmp_path / "mine.parquet", rows)
+    found = list(load(load_definition(tmp_path / "mine.yaml"), tmp_path))
+    assert [(row["answer"], row["answer_type"]) for row in found] == [("3", "number"), ("B", "choice")]
 
 
 def test_a_limit_counts_questions_of_each_part(copies):
