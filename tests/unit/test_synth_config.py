@@ -43,7 +43,11 @@ def loaded(tmp_path):
 
 
 def test_a_valid_config_has_the_defaults_and_overrides_count_more(loaded, tmp_path):
-    config = loaded({"budget.cost": 5, "stages.reason.prompt": "mine/reason.jinja"}, "budget.cost=7", "seed=3")
+    config = loaded(
+        {"budget.cost": 5, "stages.reason.price.prompt": 1.0, "stages.reason.prompt": "mine/reason.jinja"},
+        "budget.cost=7",
+        "seed=3",
+    )
     assert (config.budget.cost, config.seed, config.endpoints.e.attempts) == (7, 3, 8)
     assert config.stages.describe.images and not config.stages.reason.images and config.outputs == ["sft"]
     assert config.stages.reason.prompt == str(tmp_path / "mine" / "reason.jinja")  # beside the yaml

@@ -189,6 +189,9 @@ def check(config: DictConfig, path: Path) -> None:
         for key in ("concurrency", "attempts", "timeout_s"):
             if endpoint[key] <= 0:
                 raise ConfigError(f"{path}: endpoints.{name}.{key} must be positive, it is {endpoint[key]}")
+        for key in ("backoff_s", "backoff_max_s"):
+            if endpoint[key] < 0:
+                raise ConfigError(f"{path}: endpoints.{name}.{key} must not be negative, it is {endpoint[key]}")
         for key in ("requests_per_minute", "tokens_per_minute"):
             if endpoint[key] is not None and endpoint[key] <= 0:
                 raise ConfigError(f"{path}: endpoints.{name}.{key} must be positive, it is {endpoint[key]}")
@@ -204,7 +207,7 @@ def check(config: DictConfig, path: Path) -> None:
             raise ConfigError(f"{path}: stages.{name}.candidates must be at least 1, it is {stage.candidates}")
         if wrong := [key for key in stage.sampling if key in NOT_SAMPLING]:
             how = "write what it holds right below sampling" if wrong[0] == "extra_body" else "it can't be set there"
-            raise ConfigError(f"{path}: stages.{name}.sampling has {wrong[0]}; {how}")
+            raise ConfigError(f"{path}: stages.{name}.sampling.{wrong[0]}: {how}")
         if stage.send_seed and "seed" in stage.sampling:
             raise ConfigError(
                 f"{path}: stages.{name}.sampling has seed, but each call is sent its own; the run's is `seed`, "

@@ -9,7 +9,8 @@ import math
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import openai
 from omegaconf import DictConfig
@@ -126,14 +127,25 @@ class Endpoint:
         while self.may_go() and (left := end - time.monotonic()) > 0:
             await asyncio.sleep(min(left, PAUSE_S))
 
+    async def _unless_stopping(self, wait: Coroutine) -> Any:
+        """What a wait returns, unless the run is to end before. Raises Stopping."""
+        task = asyncio.ensure_future(wait)
+        try:
+            while self.may_go():
+                if (await asyncio.wait({task}, timeout=PAUSE_S))[0]:
+                    return task.result()
+            raise Stopping
+        finally:
+            task.cancel()
+
     async def _admitted(self, model: str) -> float:
-        """Waits until the limits allow a call; returns the tokens that were taken for it."""
+        """Waits until the limits allow a call; returns the tokens that were taken for it. Raises Stopping."""
         async with self.limits.turn:
-            expected = await self.limits.tokens_for(model) if self.may_go() else 0.0
-            if self.limits.requests and self.may_go():
-                await self.limits.requests.acquire()
-            if not self.may_go():
-                raise Stopping
+            expected = await self._unless_stopping(self.limits.tokens_for(model))
+            if self.limits.requests:
+                await self._unless_stopping(self.limits.requests.acquire())
+        if not self.may_go():
+            raise Stopping
         return expected
 
     async def _attempt(
