@@ -52,6 +52,7 @@ TRAINING = [
     "scikit-learn>=1.5",  # the miniature's handwritten digits
     "tensordict>=0.10,<0.11",
     "cachetools",
+    "starlette",
     "uvicorn",
 ]
 
@@ -90,6 +91,7 @@ EXTRAS = {
         "megatron-core>=0.16,<0.19",  # 0.16 on Python 3.11
         "pytest>=8",
         "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
         "ruff>=0.14",
         "triton>=3.6",
     ],

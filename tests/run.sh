@@ -7,5 +7,9 @@ venv=$(bash "$root/recipes/bootstrap.sh" cpu)
 cd "$root"
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
-[ $# -gt 0 ] || set -- tests/unit tests/integration tests/gpu
-exec "$venv/bin/python" -m pytest --durations=10 "$@"
+if [ $# -gt 0 ]; then exec "$venv/bin/python" -m pytest --durations=10 "$@"; fi
+status=0
+# Unit tests side by side, a file in one process; the others use all of the machine.
+"$venv/bin/python" -m pytest --durations=10 -n 2 --dist loadfile tests/unit || status=$?
+"$venv/bin/python" -m pytest --durations=10 tests/integration tests/gpu || status=$?
+exit $status

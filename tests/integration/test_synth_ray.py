@@ -1,4 +1,6 @@
-"""Blocks of rows on a real Ray of two workers, by a stage that writes down what it was given; parts of limits."""
+"""Blocks of rows on a real Ray of two workers, by a stage that writes down what it was given; parts of limits; the
+command on Ray and without it.
+"""
 
 import json
 import os
@@ -13,8 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf
 
+from verl_avar.cli import main
 from verl_avar.data.schema import ROWS
 from verl_avar.errors import ConfigError
+from verl_avar.miniature.data import write_questions
+from verl_avar.miniature.teacher_server import Teacher
 from verl_avar.synthesis import ray_data
 from verl_avar.synthesis.config import Budget, Endpoint
 from verl_avar.synthesis.ray_data import _blocks, _read, divided, run_on_ray
@@ -159,6 +164,27 @@ def test_all_rows_run_once_a_dead_worker_is_replaced_and_a_refusal_is_one_line(o
     rows = {line["row"] for name, shard in lines(out).items() if name not in shards for line in shard}
     assert rows == set(range(N))
     assert refusal == "no key in OPENAI_API_KEY"
+
+
+def test_the_command_makes_the_same_on_ray_as_without(tmp_path):
+    questions = write_questions(tmp_path / "questions.parquet", 100, seed=0)  # row groups of 64 and 36: two blocks
+    recipe = Path(__file__).parents[2] / "recipes" / "synthesis" / "miniature.yaml"
+    faults = {"server_error": 0.05, "wrong_answer": 0.1, "leak": 0.1, "refusal": 0.05}
+    with Teacher(faults) as teacher:
+        given = [str(recipe), f"sources=[{{path: '{questions}'}}]", f"endpoints.teacher.base_url={teacher.url}"]
+        assert main(["synth", "run", *given, f"out={tmp_path / 'alone'}"]) == 0
+        command = [sys.executable, "-m", "verl_avar.cli", "synth", "run", *given, f"out={tmp_path / 'ray'}"]
+        command += ["--ray", "local", "--workers", "2"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=200, check=True)
+    alone, ray = (pq.read_table(tmp_path / name / "outcomes.parquet") for name in ("alone", "ray"))
+    assert ray.equals(alone)
+    counts = json.loads((tmp_path / "ray" / "summary.json").read_text())
+    assert counts["rejected"] > 0 and counts["accepted"] + counts["rejected"] == 100
+    assert f"{counts['accepted']} of 100 rows accepted" in done.stdout and "--ray local --workers 2" in done.stdout
+    shards = [path.name for path in (tmp_path / "ray" / "calls").iterdir()]
+    assert len(shards) == 2 and all(name.startswith("ray-") for name in shards)
+    lines = [line for path in (tmp_path / "ray" / "calls").iterdir() for line in path.read_text().splitlines()]
+    assert len(lines) == len({json.loads(line)["key"] for line in lines}) == sum(alone["calls"].to_pylist())
 
 
 if __name__ == "__main__":

@@ -134,6 +134,12 @@ def test_rows_of_the_schema_are_read_as_they_are(tmp_path):
     pq.write_table(pa.Table.from_pylist(first, schema=ROWS), tmp_path / "rows.parquet")
     (again,) = read_source(str(tmp_path / "rows.parquet"))
     assert again["id"] == first[0]["id"] and again["source"] == "rows"
+    meta = {"source": "mmk12", "source_row": 0} | json.loads(first[0]["meta"])
+    assert json.loads(again["meta"]) == meta
+    pq.write_table(pa.Table.from_pylist([again, again | {"meta": "[]"}], schema=ROWS), tmp_path / "more.parquet")
+    more, broken = read_source(str(tmp_path / "more.parquet"))
+    assert json.loads(more["meta"]) == meta  # where they came from first
+    assert broken.reason == "bad_row" and "meta is no JSON object" in broken.detail
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,11 @@ from synthesis_folder import EXPLAIN, config_of, folder_rows, many_rows, summary
 
 from verl_avar.report.synthesis_figures import figures, weighted_median
 from verl_avar.report.synthesis_verdicts import percent, verdicts
-from verl_avar.synthesis.card import duration, hub_names, shown, size_category, write_card
+from verl_avar.synthesis.card import duration, hub_names, prompt, shown, size_category, write_card
 from verl_avar.synthesis.distributions import distributions, words
 from verl_avar.synthesis.outcomes import ACCEPTED
 from verl_avar.synthesis.outputs import write_outputs
+from verl_avar.synthesis.prompt import FOLDER, template_hash
 from verl_avar.synthesis.summary import print_summary
 
 PROMPT = "{% block user %}Describe {{ images }}.{% endblock %}\n```\nand a fence\n"
@@ -77,6 +78,11 @@ def test_a_prompt_is_shown_whole_or_said_to_be_missing(run):
     (block,) = [token for token in MarkdownIt().parse(describe) if token.type == "code_block"]
     assert block.content.strip() == PROMPT.strip()
     assert "Prompt of reason (built in" in reason and re.search("text is not shown|not there", reason)
+
+
+def test_the_shipped_prompt_of_a_run_is_shown(run):
+    stage = {"prompt_sha256": template_hash(None, "anchor")}  # as a run writes it
+    assert prompt("anchor", stage, None)["text"] == (FOLDER / "anchor.jinja").read_text(encoding="utf-8")
 
 
 def test_no_path_of_this_machine_and_no_address_but_hosts_stand_on_the_card(run):
@@ -204,6 +210,12 @@ def test_verdicts_name_large_losses_poor_sources_and_failing_endpoints(large):
         in lines
     )
     assert not any(line.startswith("reason: ") for line in lines)  # it had no failures
+
+
+def test_answers_that_anchoring_changed_call_for_another_anchor_prompt(large):
+    lines = verdicts(large | {"reasons": {"reason": {"wrong_answer": 300}, "anchor": {"wrong_answer": 200}}})
+    assert "What may help: more candidates" in lines[1]
+    assert lines[2].startswith("20 % of the rows were lost at anchor: wrong_answer. What may help: the anchor prompt")
 
 
 def test_a_run_without_accepted_rows_is_said_to_have_no_training_file(large):

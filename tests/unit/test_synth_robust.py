@@ -485,16 +485,6 @@ def test_rows_of_the_same_content_are_marked_once(serve, folder):
     assert len((out / "retries.jsonl").read_text().splitlines()) == 1
 
 
-@pytest.mark.parametrize("reason", ["wrong", "duplicate", "attention_low", "anchr:leak", "intake:format", ""])
-def test_a_reason_that_no_stage_has_is_a_mistake(serve, folder, reason):
-    url, _ = serve(completion("a cat"))
-    config, out = folder(2, url)
-    run(config, out)
-    with pytest.raises(ConfigError, match=r"reason:format \(2 rows\)"):
-        send_again(config, out, ["format", reason])
-    assert not (out / "retries.jsonl").exists()
-
-
 # Keys of calls and settings
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from verl_avar.data.published import placed
 from verl_avar.data.reader import Broken, Parts, Reader, Unfit
 from verl_avar.data.readers import READERS
 from verl_avar.data.records import Records, open_records
-from verl_avar.data.schema import MAX_PIXELS, content_id
+from verl_avar.data.schema import MAX_PIXELS, ROWS, content_id
 from verl_avar.errors import ConfigError
 
 PARTS = ("question", "answer", "choices", "images")  # what `columns` of the generic reader may name
@@ -50,14 +50,14 @@ def read_source(
             values = {part: _value(record, column) for part, column in chosen.items()}
             parts = how.convert(values, f"row {number}")
             row = _row(parts, records, max_pixels, f"row {number}")
+            used = {each for column in chosen.values() if column for each in column.split(",")}
+            meta = _json(_rest(record, used) | parts.meta)
         except Unfit as error:
             yield Broken(source, number, error.reason, error.detail)
         except ValueError as error:  # ConfigError is one
             yield Broken(source, number, "bad_row", " ".join(str(error).split()).removeprefix(f"row {number}: "))
         else:
-            used = {each for column in chosen.values() if column for each in column.split(",")}
-            meta = {key: value for key, value in record.items() if key not in used} | parts.meta
-            yield {**row, "source": source, "source_row": number, "meta": _json(meta)}
+            yield {**row, "source": source, "source_row": number, "meta": meta}
 
 
 def find_reader(name: str) -> Reader:
@@ -141,6 +141,15 @@ def _row(parts: Parts, records: Records, max_pixels: int, where: str) -> dict:
         "choices": choices,
         "images": images,
     }
+
+
+def _rest(record: Mapping[str, Any], used: Container[str]) -> dict[str, Any]:
+    """Columns that are in no part of the row. Of a file in the schema, its rows' own meta and where they came from."""
+    if set(record) == set(ROWS.names):
+        if not isinstance(meta := json.loads(record["meta"]), dict):
+            raise ValueError(f"meta is no JSON object: {record['meta'][:80]}")
+        return {name: record[name] for name in ("source", "source_row")} | meta
+    return {key: value for key, value in record.items() if key not in used}
 
 
 def _json(meta: Mapping[str, Any]) -> str:

@@ -4,12 +4,15 @@ SFT rows follow verl 0.9.1's MultiTurnSFTDataset (`messages`, `images`), RL and 
 (`prompt`, `images`, `data_source`, `reward_model`, `extra_info`). Questions alone, from which `avar synth run` makes
 cold-start data, are rows of `verl_avar.data.schema.ROWS`. Every writer is deterministic by its seed and leaves no
 half-written file behind.
+
+    python -m verl_avar.miniature.data questions.parquet 200 [SEED]      writes questions
 """
 
 import io
 import json
 import os
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -160,3 +163,15 @@ def _write(path: Path | str, schema: pa.Schema, rows: Iterator[dict]) -> Path:
     finally:
         part.unlink(missing_ok=True)
     return path
+
+
+def main(arguments: list[str]) -> None:
+    """FILE ROWS [SEED]: writes questions, and prints where they lie. Exits with the usage for anything else."""
+    if len(arguments) not in (2, 3) or not all(number.isdecimal() for number in arguments[1:]):
+        sys.exit("usage: python -m verl_avar.miniature.data FILE ROWS [SEED]")
+    path, *numbers = arguments
+    print(write_questions(path, *map(int, [*numbers, "0"][:2])))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -8,6 +8,7 @@ RETRIED = 0.1  # failed requests to answered calls from which a stage has a line
 FEW, ENOUGH_ROWS = 0.5, 20  # a source has a line when it keeps less than this share of what the others keep
 INTAKE, SELECTION = "intake", "attention"
 HINTS = {
+    "anchor: wrong_answer": "the anchor prompt, which must leave the answer as it is, or stages.anchor.candidates",
     "wrong_answer": "more candidates (stages.reason.candidates), a stronger reasoner, or descriptions that say more",
     "truncated": "a larger max_tokens in the stage's sampling",
     "refusal": "another model for the stage, or a prompt that it does not decline",
@@ -19,7 +20,8 @@ HINTS = {
     "bunched_anchors": "the anchor prompt, or checks.anchor.min_spread",
     "ungrounded_anchors": "the anchor prompt, or checks.anchor.min_grounded",
     "call_failed": "the endpoint's own log, timeout_s and attempts; every run tries these rows again",
-    "bad_request": "the endpoint's own log: model name, image size, or a setting in sampling that it does not know",
+    "bad_request": "what rejected.jsonl says: often a prompt longer than the model's context, an image too large, or a "
+    "setting in sampling that the endpoint does not know",
 }
 FAILURES = {
     "timeout": "raise timeout_s or lower concurrency",
@@ -44,8 +46,8 @@ def verdicts(summary: dict) -> list[str]:
     lines += _lost(summary)
     if summary["pending"]:
         lines.append(
-            f"{percent(summary['pending'], rows)} of the rows are not finished: a budget, an endpoint or a signal came "
-            "first; the same command goes on."
+            f"{percent(summary['pending'], rows)} of the rows are not finished: an endpoint or a signal came first, "
+            "and the same command goes on, or the budget was spent, and it goes on with a larger one."
         )
     return lines + _sources(summary) + _retries(summary)
 
@@ -82,7 +84,8 @@ def _lost(summary: dict) -> list[str]:
         if rows < LOST * summary["rows"]:
             break
         line = f"{percent(rows, summary['rows'])} of the rows were lost at {stage}: {reason}."
-        lines.append(line + (f" What may help: {HINTS[reason]}." if reason in HINTS else ""))
+        hint = HINTS.get(f"{stage}: {reason}") or HINTS.get(reason)
+        lines.append(line + (f" What may help: {hint}." if hint else ""))
     return lines
 
 

@@ -7,6 +7,7 @@ avar synth prompts FOLDER                                       copies the promp
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -34,10 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exit status 0: every row is accepted or rejected; 1: an endpoint can't be used; 2: a mistake in the settings or
-    the data; 3: the budget is spent; 143: asked to end, by a signal while calls are made;
-    130: by Ctrl-C at another time. After 1, 3, 130 and 143 the same command goes on."""
+    """Exit status 0: every row is accepted or rejected; 1: an endpoint or the cluster can't be used; 2: a mistake in
+    the settings or the data; 3: the budget is spent; 143: asked to end, by a signal while calls are made; 130: by
+    Ctrl-C at another time. After 1, 130 and 143 the same command goes on, after 3 with a larger budget.
+    """
     from verl_avar.synthesis.endpoint import EndpointError
+    from verl_avar.synthesis.ray_data import ClusterError
 
     try:
         if arguments.synth == "prompts":
@@ -53,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("stopped. The same command goes on from here", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except (EndpointError, OSError) as error:
+    except (EndpointError, ClusterError, OSError) as error:
         print(f"error: {error}. The same command goes on from here", file=sys.stderr)
         return EXIT_FAILED
 
@@ -68,11 +71,14 @@ def _run(arguments: argparse.Namespace) -> int:
 
     settings, console = config.load(arguments.config, arguments.overrides), Console()
     result = synthesise(settings, console, arguments.retry, arguments.ray, arguments.workers)
-    again = f"avar synth run {arguments.config}" + "".join(f" {override}" for override in arguments.overrides)
-    print_summary(result.summary, console, Path(settings.out).expanduser(), again)
+    again = ["avar", "synth", "run", arguments.config, *arguments.overrides]
+    if arguments.ray is not None:
+        again += ["--ray", arguments.ray, "--workers", str(arguments.workers)]
+    print_summary(result.summary, console, Path(settings.out).expanduser(), shlex.join(again))
     if result.error:
         raise result.error
     if result.stop:
-        print(f"stopped: {result.stop}; {result.summary['pending']:,} rows are left", file=sys.stderr)
+        how = "" if result.stop == SIGNALLED else "; a larger budget.tokens or budget.cost goes on from here"
+        print(f"stopped: {result.stop}; {result.summary['pending']:,} rows are left{how}", file=sys.stderr)
         return EXIT_STOPPED if result.stop == SIGNALLED else EXIT_BUDGET
     return 0

@@ -175,7 +175,8 @@ def load(path: Path | str, overrides: list[str] = ()) -> DictConfig:
         raise ConfigError(f"{path}: {str(error).splitlines()[0]}{where}") from None
     for stage in STAGES:
         if config.stages[stage].prompt is not None:
-            config.stages[stage].prompt = str(path.parent / Path(config.stages[stage].prompt).expanduser())
+            prompt = path.parent / Path(config.stages[stage].prompt).expanduser()
+            config.stages[stage].prompt = str(prompt.absolute())  # workers of a cluster have other working folders
     return config
 
 

@@ -33,7 +33,7 @@ REJECTS = pa.schema(
 )
 GROUP = 64  # rows of a row group, and in memory
 SETTINGS = ("sources", "duplicates", "overlap", "max_pixels")  # what decides about the rows
-RULES = 1  # of reading and comparing; another number makes every intake be done again
+RULES = 2  # of reading and comparing; another number makes every intake be done again
 
 
 def intake(config: DictConfig, out: Path | str, progress: Callable[[int, int], None] | None = None) -> dict:

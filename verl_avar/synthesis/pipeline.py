@@ -56,6 +56,7 @@ class Progress:
     reasons: Counter = field(default_factory=Counter)
     calls: int = 0  # answered in this run
     spent: Spent = field(default_factory=Spent)
+    failure: str | None = None  # the last call that no attempt got an answer to: stage, endpoint, error
     stop: str | None = None  # why no more requests are made: BUDGET, SIGNALLED, or an endpoint's error
 
 
@@ -166,6 +167,9 @@ class _Run:
             self.progress.rows[done.status] += 1
             if done.problem:
                 self.progress.reasons[done.problem.reason] += 1
+                if done.problem.reason == CALL_FAILED:
+                    endpoint = self.config.stages[done.stage].endpoint
+                    self.progress.failure = f"{done.stage} by endpoint {endpoint}: {done.problem.detail}"
         if time.monotonic() - self.recorded > RECORD_EVERY_S:
             self.write_record()
         self.progress.show(self.progress)

@@ -63,7 +63,7 @@ def check(path: Path | None, stage: str) -> None:
 
 
 def template_hash(path: Path | None, stage: str) -> str:
-    """SHA-256 of the template's text, in hexadecimal digits: another text is another prompt."""
+    """SHA-256 of the template's text, in hexadecimal: another text is another prompt."""
     return hashlib.sha256(_load(path, stage)[0].encode()).hexdigest()
 
 

@@ -7,6 +7,7 @@ what it is told to set there.
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import pickle
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from verl_avar.errors import ConfigError
 
@@ -33,6 +34,10 @@ RunBlock = Callable[[DictConfig, Path, list[dict], str], dict]
 SPENT = ("tokens", "cost")
 
 
+class ClusterError(RuntimeError):
+    """Ray itself failed; what was answered until then is stored."""
+
+
 def divided(config: DictConfig, workers: int, spent_tokens: int = 0, spent_cost: float = 0.0) -> DictConfig:
     """One worker's part of a config: rate limits, requests in flight and what is left of the budget, by `workers`.
 
@@ -41,7 +46,7 @@ def divided(config: DictConfig, workers: int, spent_tokens: int = 0, spent_cost:
     """
     if workers < 1:
         raise ConfigError(f"workers must be at least 1, it is {workers}")
-    config = OmegaConf.create(OmegaConf.to_container(config))
+    config = copy.deepcopy(config)
     for name, endpoint in config.endpoints.items():
         if endpoint.concurrency < workers:
             raise ConfigError(
@@ -82,7 +87,7 @@ def run_on_ray(
     the rows of each finished block. stopped: asked after each block whether to end here, with what was stored so far.
 
     A worker that dies is started again, and its block done again, which makes only the calls that are missing; its
-    budget starts afresh. Raises what `run_block` raised, and RuntimeError, in one line, where Ray itself failed.
+    budget starts afresh. Raises what `run_block` raised, and ClusterError, in one line, where Ray itself failed.
     """
     part = divided(config, workers, spent_tokens, spent_cost)
     out = Path(out).resolve()
@@ -100,8 +105,7 @@ def run_on_ray(
         _start(address, workers)
     try:
         counts = Counter()
-        settings = OmegaConf.to_container(part)
-        for result in _results(blocks, (settings, str(out), run_block), workers):
+        for result in _results(blocks, (pickle.dumps(part), str(out), run_block), workers):
             if isinstance(result, Exception):
                 raise result
             rows, found = result
@@ -112,7 +116,7 @@ def run_on_ray(
         return dict(counts)
     except RayError as error:  # its whole text carries the stacks of every process on the way
         text = " ".join(str(error).split("\n")[0].split())
-        raise RuntimeError(f"Ray ended the run: {type(error).__name__}: {text}") from error
+        raise ClusterError(f"Ray ended the run: {type(error).__name__}: {text}") from error
     finally:
         if started:
             ray.shutdown()
@@ -121,8 +125,8 @@ def run_on_ray(
 class Worker:
     """An actor of Ray Data: its own part of the limits, its own shards."""
 
-    def __init__(self, settings: dict, out: str, run_block: RunBlock):
-        self.config = OmegaConf.create(settings)
+    def __init__(self, config: bytes, out: str, run_block: RunBlock):
+        self.config = pickle.loads(config)  # with its types; Ray finds an actor by the value of its arguments
         self.out = Path(out)
         self.run_block = run_block
         self.name = f"ray-{secrets.token_hex(4)}"  # of this process: one that replaces it has another

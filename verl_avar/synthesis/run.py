@@ -28,7 +28,7 @@ from verl_avar.synthesis.outcomes import STAGES
 from verl_avar.synthesis.pipeline import BUDGET, ROWS_FILE, SIGNALLED, Progress, Spent, read_rows, run_calls
 from verl_avar.synthesis.progress import shown
 from verl_avar.synthesis.prompt import check as check_prompt
-from verl_avar.synthesis.settle import Pick, send_again, settle, walks
+from verl_avar.synthesis.settle import Pick, check_reasons, send_again, settle, walks
 from verl_avar.synthesis.store import CALLS, Lines, locked, remove_parts, write_whole, writer_name
 from verl_avar.synthesis.tally import summarise
 
@@ -58,6 +58,7 @@ def synthesise(
         check_settings(config.checks[stage])
         endpoint = config.stages[stage].endpoint
         key_of(endpoint, config.endpoints[endpoint])
+    check_reasons(retry)
     with locked(out):
         remove_parts(out)
         counts = intake(config, out)
@@ -84,6 +85,8 @@ def make_calls(config: DictConfig, out: Path, progress: Progress, ray: str | Non
     with _stopped_by_signals(progress):
         if ray is None:
             run_calls(config, out, read_rows(out / ROWS_FILE), writer_name(), progress)
+            if progress.failure and not progress.calls:
+                raise EndpointError(f"no request was answered; the last, of {progress.failure}")
         else:
             from verl_avar.synthesis.ray_data import run_on_ray
 

@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -19,7 +18,7 @@ from omegaconf import DictConfig
 
 from verl_avar.errors import ConfigError
 from verl_avar.synthesis.checks import Problem
-from verl_avar.synthesis.checks.reasons import STAGE_REASONS
+from verl_avar.synthesis.checks.reasons import INTAKE, REASONS
 from verl_avar.synthesis.checks.stages import check, find_anchors
 from verl_avar.synthesis.outcomes import OUTCOMES, PENDING, REJECTED, STAGES
 from verl_avar.synthesis.pipeline import RETRIES_FILE, ROWS_FILE, check_settings_of, read_attempts, read_rows
@@ -102,29 +101,37 @@ def outcome(row: dict, done: Walk) -> dict:
     return columns | {"anchors": anchors, "attention": None, "weight": 1.0}
 
 
-def send_again(config: DictConfig, out: Path, wanted: Iterable[str]) -> dict[str, int]:
+def check_reasons(reasons: Iterable[str]) -> None:
+    """Raises ConfigError for a `--retry` that no call can help: unknown, or a reason of where no model is asked."""
+    for given in reasons:
+        stage, _, code = given.rpartition(":")
+        if code not in REASONS:
+            raise ConfigError(f"--retry {given}: unknown reason '{code}'; known are {', '.join(REASONS)}")
+        if code in INTAKE:
+            how = "change the source, or `duplicates` and `overlap`"
+            raise ConfigError(f"--retry {given}: {code} is a reason of the intake, which asks no model; {how}")
+        if code == "attention_low":
+            raise ConfigError(f"--retry {given}: {code} is the selection's, which asks no model; change attention.keep")
+        if stage and stage not in STAGES:
+            raise ConfigError(f"--retry {given}: unknown stage '{stage}'; stages are {', '.join(STAGES)}")
+
+
+def send_again(config: DictConfig, out: Path, reasons: Iterable[str]) -> dict[str, int]:
     """Has the stage asked again that rejected a row for one of these reasons; returns how many rows by reason.
 
-    What was marked before and not answered since is not marked twice; call_failed needs no mark, for every run makes
-    such calls again. wanted: reason codes of stages, or STAGE:REASON. Raises ConfigError for any other.
+    What was marked before and not answered since is not marked twice. reasons: codes, or STAGE:REASON; see
+    `check_reasons`.
     """
-    counts = dict.fromkeys(wanted, 0)
-    there: Counter = Counter()
+    counts = dict.fromkeys(reasons, 0)
     marked = {}  # by row and stage: rows may have the same id
     for row in walked(config, out):
         stage, code = row["stage"], row["reason"]
         if row["status"] != REJECTED or stage not in STAGES:
             continue
-        there[f"{stage}:{code}"] += 1
         if reason := next((one for one in counts if one in (code, f"{stage}:{code}")), None):
             counts[reason] += 1
-            if code != CALL_FAILED:
+            if code != CALL_FAILED:  # which every run makes again
                 marked[row["id"], stage] = {"row": row["id"], "stage": stage, "reason": code, "time": time.time()}
-    for reason in counts:
-        stage, colon, code = reason.rpartition(":")
-        if code not in STAGE_REASONS or (colon and stage not in STAGES):
-            known = ", ".join(f"{one} ({count:,} rows)" for one, count in there.most_common()) or "none"
-            raise ConfigError(f"--retry {reason}: stages reject no row for that; reasons of this run: {known}")
     path = out / RETRIES_FILE
     before = path.read_text() if path.exists() else ""
     write_whole(path, before + "".join(json.dumps(line) + "\n" for line in marked.values()))

@@ -99,7 +99,8 @@ async def walk(row: dict, config: DictConfig, attempts: Callable[[str, str], int
             (reason, _), *_ = Counter(candidate["reason"] for candidate in rejected).most_common(1)
             first = next(candidate for candidate in rejected if candidate["reason"] == reason)
             done.candidates.remove(first)  # shown as the row's own
-            done.texts[stage] = first["text"]
+            if first["text"] is not None:
+                done.texts[stage] = first["text"]
             done.status, done.problem = REJECTED, Problem(reason, first["detail"])
             return done
         done.texts[stage] = choose(kept, settings.keep)
@@ -118,14 +119,15 @@ async def _candidates(
     for group in together:
         for one, answer in zip(group, await _all(ask(one) for one in group), strict=True):
             done.calls.append(answer)
+            text = answer["text"]
             if answer["finish"] == BAD_REQUEST:
-                problem = Problem(BAD_REQUEST, answer["text"])
+                problem, text = Problem(BAD_REQUEST, text), None  # the endpoint's words, no text of the stage
             else:
-                problem = await check(one.stage, answer["text"], answer["finish"], context)
+                problem = await check(one.stage, text, answer["finish"], context)
             if problem is None:
-                kept.append(answer["text"])
+                kept.append(text)
             else:
-                about = {"reason": problem.reason, "detail": problem.detail, "text": answer["text"]}
+                about = {"reason": problem.reason, "detail": problem.detail, "text": text}
                 done.candidates.append({"stage": one.stage, "candidate": one.candidate} | about)
         if kept and settings.keep == "first":
             break

@@ -1,0 +1,235 @@
+"""A model's answers to benchmark questions, through an OpenAI-compatible server; asked once, kept for ever.
+
+FOLDER/questions.parquet     what is asked (schema.QUESTIONS)
+FOLDER/calls/, failures/     answered calls, and those that no attempt got an answer to (append-only, by content hash)
+FOLDER/results.parquet       schema.RESULTS: a function of questions, stored answers and scoring rules alone
+
+Calls are made in any order and at any time: a run that is killed, or whose server is, goes on with what is missing, and
+the results are the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from omegaconf import OmegaConf
+
+from verl_avar.data.parquet import RowFile
+from verl_avar.data.schema import content_id
+from verl_avar.evaluation.benchmark.conditions import biases, changed, donors
+from verl_avar.evaluation.benchmark.prompts import messages, text_messages
+from verl_avar.evaluation.benchmark.schema import PLAIN, QUESTIONS, RESULTS
+from verl_avar.synthesis.endpoint import CallFailed, Endpoint, EndpointError
+from verl_avar.synthesis.store import CALLS, FAILURES, Lines, Writer, call_key, writer_name
+
+QUESTIONS_FILE, RESULTS_FILE = "questions.parquet", "results.parquet"
+GROUP = 64  # rows of a row group, and read at a time
+TAGGED = ("think", "miniature")  # protocols that ask for <answer>
+ATTENTION = ("off", "summary", "tokens")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides an answer but the question, and where to ask."""
+
+    model: str  # the server's name of it
+    identity: str  # of the weights: another checkpoint of the same name is asked anew
+    protocol: str | None = None  # None: each benchmark's own
+    conditions: tuple[str, ...] = (PLAIN,)
+    repeats: int = 1
+    seed: int = 0
+    sampling: dict[str, Any] = field(default_factory=lambda: {"temperature": 0.0})
+    attention: str = "summary"  # ATTENTION: what the server's connector is asked for
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question under one condition, once."""
+
+    question: dict  # as asked
+    condition: str
+    repeat: int
+    prompt: list[dict]  # with <image> for images
+    protocol: str
+    key: str
+    sampling: dict[str, Any]
+
+
+def write_questions(questions: Iterable[dict], folder: Path) -> int:
+    """Writes FOLDER/questions.parquet, whole or not at all; returns how many."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with RowFile(folder / QUESTIONS_FILE, QUESTIONS, GROUP) as file:
+        for question in questions:
+            file.add(question)
+    return file.count
+
+
+def read_questions(folder: Path) -> Iterator[dict]:
+    """Rows of FOLDER/questions.parquet, some at a time."""
+    with pq.ParquetFile(folder / QUESTIONS_FILE, pre_buffer=False) as file:
+        for batch in file.iter_batches(batch_size=GROUP):
+            yield from batch.to_pylist()
+
+
+def cases(folder: Path, settings: Settings, protocols: dict[str, str]) -> Iterator[Case]:
+    """Everything that is to be asked, in the order of the results. protocols: benchmark -> its own."""
+    for condition in settings.conditions:
+        others = _Donors(folder).images if condition == "other_image" else None
+        for question in read_questions(folder):
+            protocol = settings.protocol or protocols[question["benchmark"]]
+            asked = changed(question, condition, others)
+            images = [image["bytes"] for image in asked["images"]]
+            content = content_id(asked["question"], asked["answer"], asked["choices"], images)
+            prompt = text_messages(asked, protocol)
+            for repeat in range(settings.repeats):
+                sampling = _sampling(settings, condition, repeat)
+                key = call_key(question["benchmark"], content, prompt, settings.identity, sampling, repeat)
+                yield Case(asked, condition, repeat, prompt, protocol, key, sampling)
+
+
+def _sampling(settings: Settings, condition: str, repeat: int) -> dict[str, Any]:
+    sampling = dict(settings.sampling)
+    if settings.repeats > 1:
+        sampling["seed"] = settings.seed + repeat
+    options = biases(condition)
+    if settings.attention != "off":
+        options["attention_scores"] = settings.attention
+    return sampling | ({"extra_body": {"vllm_xargs": options}} if options else {})
+
+
+class _Donors:
+    """Images of other questions of the same benchmark."""
+
+    def __init__(self, folder: Path):
+        counts: dict[str, dict[str, int]] = {}
+        self.places: dict[tuple[str, str], int] = {}
+        self.folder = folder
+        for number, question in enumerate(read_questions(folder)):
+            counts.setdefault(question["benchmark"], {})[question["id"]] = len(question["images"])
+            self.places[question["benchmark"], question["id"]] = number
+        self.giver = {benchmark: donors(of) for benchmark, of in counts.items()}
+        self.file = pq.ParquetFile(folder / QUESTIONS_FILE, pre_buffer=False)
+
+    def images(self, question: dict) -> list[bytes]:
+        giver = self.giver[question["benchmark"]][question["id"]]
+        group, row = divmod(self.places[question["benchmark"], giver], GROUP)
+        images = self.file.read_row_group(group, columns=["images"]).column("images")[row].as_py()
+        return [image["bytes"] for image in images]
+
+
+def predict(
+    folder: Path,
+    settings: Settings,
+    protocols: dict[str, str],
+    endpoint: dict[str, Any],
+    progress: Callable[[int], None] = lambda done: None,
+) -> int:
+    """Asks what has no answer yet; returns how many calls failed, which the next run makes again.
+
+    endpoint: fields of synthesis.config.Endpoint. progress: told how many cases are dealt with. Raises EndpointError
+    where the server can't be used at all; what was answered is kept.
+    """
+    return asyncio.run(_predict(folder, settings, protocols, endpoint, progress))
+
+
+async def _predict(folder: Path, settings: Settings, protocols, endpoint, progress) -> int:
+    from verl_avar.synthesis.config import Endpoint as EndpointSettings
+
+    server = Endpoint("server", OmegaConf.structured(EndpointSettings(**endpoint)))
+    name, failed, done = writer_name(), 0, 0
+    answers, failures = Writer(folder / CALLS, name), Writer(folder / FAILURES, name)
+
+    async def ask(case: Case) -> bool:
+        about = {"benchmark": case.question["benchmark"], "id": case.question["id"], "condition": case.condition}
+        try:
+            answer = await server.call(
+                case.condition, settings.model, messages(case.question, case.protocol), case.sampling
+            )
+        except CallFailed as error:
+            failures.add(case.key, about | {"detail": str(error), "time": time.time()})
+            return False
+        answers.add(case.key, about | {"repeat": case.repeat} | vars(answer) | {"time": time.time()})
+        return True
+
+    tasks: set[asyncio.Task] = set()
+    try:
+        with Lines(folder / CALLS) as stored:
+            missing = (case for case in cases(folder, settings, protocols) if _counted(stored.get(case.key), progress))
+            for case in itertools.chain(missing, [None]):
+                while tasks and (case is None or len(tasks) >= 2 * server.settings.concurrency):
+                    ended, tasks = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                    failed += sum(not task.result() for task in ended)
+                    done += len(ended)
+                    progress(len(ended))
+                if case is not None:
+                    tasks.add(asyncio.create_task(ask(case)))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await server.close()
+        answers.close()
+        failures.close()
+    return failed
+
+
+def _counted(answer: dict | None, progress: Callable[[int], None]) -> bool:
+    """Whether a case is still to be asked; one that was answered before counts as done."""
+    if answer is not None:
+        progress(1)
+    return answer is None
+
+
+def write_results(folder: Path, settings: Settings, protocols: dict[str, str]) -> Path:
+    """Scores every case by the rules and writes FOLDER/results.parquet; a case without an answer is `failed`."""
+    from verl_avar.evaluation.benchmark.score import score
+
+    path = folder / RESULTS_FILE
+    with Lines(folder / CALLS) as stored, RowFile(path, RESULTS, 256) as file:
+        for case in cases(folder, settings, protocols):
+            call = stored.get(case.key)
+            file.add(result(case, call, score))
+    return path
+
+
+def result(case: Case, call: dict | None, score: Callable) -> dict:
+    """A row of schema.RESULTS. call: the stored answer, or None."""
+    question = case.question
+    row = {
+        **{name: question[name] for name in ("benchmark", "id", "meta", "answer", "answer_type")},
+        "condition": case.condition,
+        "repeat": case.repeat,
+        "prompt": json.dumps(case.prompt, ensure_ascii=False),
+        "scored_by": "rules",
+    }
+    if call is None or call["finish"] == "bad_request":
+        return row | {"problem": "failed", "finish": call and call["text"]}
+    judged = score(question, call["text"], call["finish"], tagged=case.protocol in TAGGED)
+    attention = call.get("attention") or {}
+    return row | {
+        "response": call["text"],
+        "extracted": judged.extracted,
+        "right": judged.right,
+        "problem": judged.problem,
+        "finish": call["finish"],
+        "prompt_tokens": call["prompt_tokens"],
+        "completion_tokens": call["completion_tokens"],
+        "visual_mass": attention.get("visual_mass"),
+        "system_mass": attention.get("system_mass"),
+        "visual_ratio": attention.get("ratio"),
+        "visual_share": attention.get("share"),
+        "vas": attention.get("vas"),
+        "attention_tokens": attention.get("tokens"),
+        "seconds": call["seconds"],
+    }
+
+
+__all__ = ["EndpointError", "Settings", "predict", "read_questions", "write_questions", "write_results"]

@@ -1,0 +1,64 @@
+"""A server of our own for one evaluation: `avar serve MODEL` on the loopback, ended with it."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from verl_avar.errors import ConfigError
+
+START_S, STOP_S, POLL_S = 1800.0, 60.0, 0.5
+
+
+@contextmanager
+def served(model: str, name: str, log: Path, options: Sequence[str] = ()) -> Iterator[str]:
+    """Serves a checkpoint while the context is open; yields the base URL, http://127.0.0.1:PORT/v1.
+
+    options: further ones of `avar serve`. Raises ConfigError, with the server's last words, where it does not start.
+    """
+    import httpx
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "verl_avar.cli", "serve", model, "--served-model-name", name]
+    command += ["--host", "127.0.0.1", "--port", str(port), *options]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + START_S
+        with httpx.Client(trust_env=False) as client:
+            while not _healthy(client, port):
+                if process.poll() is not None or time.monotonic() > end:
+                    raise ConfigError(f"{model} can't be served: {last_words(log)} (all of it in {log})")
+                time.sleep(POLL_S)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        try:
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _healthy(client, port: int) -> bool:
+    import httpx
+
+    try:
+        return client.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def last_words(log: Path) -> str:
+    """The last line of a log that names an error, else its last line."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line]
+    return (errors or lines or ["it said nothing"])[-1][-300:]
