@@ -167,7 +167,7 @@ class _Run:
             self.progress.rows[done.status] += 1
             if done.problem:
                 self.progress.reasons[done.problem.reason] += 1
-                if done.problem.reason == "call_failed":
+                if done.problem.reason == CALL_FAILED:
                     endpoint = self.config.stages[done.stage].endpoint
                     self.progress.failure = f"{done.stage} by endpoint {endpoint}: {done.problem.detail}"
         if time.monotonic() - self.recorded > RECORD_EVERY_S:

@@ -163,8 +163,9 @@ def _stopped_by_signals(progress: Progress) -> Iterator[None]:
 
     def ask(number, _frame) -> None:
         progress.stop = progress.stop or SIGNALLED
-        os.write(2, b"\nending after the requests in flight; once more ends at once\n")  # print may be under way
-        signal.signal(number, before[number])
+        os.write(2, b"ending after the requests in flight; once more ends at once\n")  # print may be under way
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         before[number] = signal.signal(number, ask)
