@@ -10,7 +10,7 @@ import pytest
 
 from verl_avar.cli import main
 from verl_avar.miniature import base_path
-from verl_avar.miniature.data import write_eval
+from verl_avar.miniature.data import write_eval, write_questions
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -70,3 +70,15 @@ def test_read_parquet(run, tmp_path):
     assert main(["vas", "--model", str(base_path()), "--data", str(rows), "--out", str(out)]) == 0
     said = run("read_parquet.py", str(out))
     assert "Heads that look at the image most:" in said and said.count("looks little (") == 3
+
+
+def test_synthesis(run, tmp_path, monkeypatch):
+    fewer = "verl_avar.miniature.data.write_questions"
+    monkeypatch.setattr(fewer, lambda path, _, seed: write_questions(path, 60, seed))
+    with pytest.raises(SystemExit, match="0"):
+        run("synthesis.py", str(tmp_path))
+    summary = json.loads((tmp_path / "vard" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["accepted"] + summary["rejected"] == 60
+    assert summary["accepted"] > 30 and "wrong_answer" in summary["reasons"]["reason"]
+    assert sum(sum(stage["retries"].values()) for stage in summary["stages"].values()) > 0
+    assert (tmp_path / "vard" / "viewer" / "index.html").is_file()

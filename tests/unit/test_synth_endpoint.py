@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from verl_avar.errors import ConfigError
 from verl_avar.synthesis import endpoint as module
+from verl_avar.synthesis import limits
 from verl_avar.synthesis.config import Endpoint as Settings
 from verl_avar.synthesis.endpoint import CallFailed, Endpoint, EndpointError, Stopping
 
@@ -251,8 +252,8 @@ def test_requests_keep_to_the_stated_rate_and_use_it(serve):
 
 
 def test_tokens_keep_to_the_stated_rate(serve, monkeypatch):
-    monkeypatch.setattr(module, "TOKEN_WINDOW_S", 0.2)
-    monkeypatch.setattr(module, "FIRST_TOKENS", 10.0)
+    monkeypatch.setattr(limits, "TOKEN_WINDOW_S", 0.2)
+    monkeypatch.setattr(limits, "FIRST_TOKENS", 10.0)
     url, seen = serve((200, completion(), {}))  # 10 tokens each
     ask(url, times=30, tokens_per_minute=60 * 200)  # 20 calls a second
     assert seen[-1]["time"] - seen[0]["time"] > 1.0
@@ -260,6 +261,6 @@ def test_tokens_keep_to_the_stated_rate(serve, monkeypatch):
 
 def test_an_endpoint_that_gives_no_answer_any_more_ends_the_run(serve, monkeypatch):
     monkeypatch.setattr(module, "GIVE_UP_S", 0.05)
-    url, _ = serve((500, {"error": {"message": "down"}}, {"retry-after": "0.1"}))
-    (error,), _ = ask(url)
+    url, _ = serve((500, {"error": {"message": "down"}}, {"retry-after": "0.2"}))
+    (error,), _ = ask(url, timeout_s=0.1)
     assert isinstance(error, EndpointError) and "no answer for" in str(error)

@@ -165,7 +165,13 @@ def _write(path: Path | str, schema: pa.Schema, rows: Iterator[dict]) -> Path:
     return path
 
 
-if __name__ == "__main__":
-    if len(sys.argv) not in (3, 4) or not all(number.isdecimal() for number in sys.argv[2:]):
+def main(arguments: list[str]) -> None:
+    """FILE ROWS [SEED]: writes questions, and prints where they lie. Exits with the usage for anything else."""
+    if len(arguments) not in (2, 3) or not all(number.isdecimal() for number in arguments[1:]):
         sys.exit("usage: python -m verl_avar.miniature.data FILE ROWS [SEED]")
-    print(write_questions(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) if sys.argv[3:] else 0))
+    path, *numbers = arguments
+    print(write_questions(path, *map(int, [*numbers, "0"][:2])))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -46,8 +46,8 @@ def verdicts(summary: dict) -> list[str]:
     lines += _lost(summary)
     if summary["pending"]:
         lines.append(
-            f"{percent(summary['pending'], rows)} of the rows are not finished: a budget, an endpoint or a signal came "
-            "first; the same command goes on."
+            f"{percent(summary['pending'], rows)} of the rows are not finished: an endpoint or a signal came first, "
+            "and the same command goes on, or the budget was spent, and it goes on with a larger one."
         )
     return lines + _sources(summary) + _retries(summary)
 

@@ -5,11 +5,9 @@ API keys are no settings: an endpoint names the environment variable that holds 
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -19,13 +17,22 @@ from verl_avar.data.schema import MAX_PIXELS, SYSTEM
 from verl_avar.errors import ConfigError
 from verl_avar.synthesis.checks.settings import Checks
 from verl_avar.synthesis.outcomes import STAGES
+from verl_avar.synthesis.private import check_address, check_no_key
 
 KEEP = ("first", "shortest", "longest", "most_anchors", "attention")
 OUTPUTS = ("sft", "rl", "sharegpt", "dataset")
-# Of a request, but not sampling's: ours, another setting's, or the Python client's.
-NOT_SAMPLING = ("model", "messages", "n", "stream", "stream_options", "extra_body", "extra_headers", "extra_query")
-SECRETS = ("api_key", "apikey", "x_api_key", "key", "token", "authorization", "password", "secret")
-LOGIN = re.compile(r"://(?!\$\{)[^/@\s]+@")  # in an address, written out
+# What the run itself decides about a request, and arguments of OpenAI's client that are no part of one.
+NOT_SAMPLING = (
+    "model",
+    "messages",
+    "n",
+    "stream",
+    "stream_options",
+    "timeout",
+    "extra_body",
+    "extra_headers",
+    "extra_query",
+)
 
 
 @dataclass
@@ -71,7 +78,7 @@ class Stage:
     model: str = MISSING
     prompt: str | None = None  # jinja file with blocks system and user; beside the yaml; null: the shipped one
     images: bool = False  # send the images; `describe` must, the others may
-    # temperature, top_p, max_tokens, …: fields of the request's body, those of the server's own (top_k) among them
+    # Any further fields of the request: temperature, top_p, max_tokens, …, and a server's own, such as vLLM's top_k.
     sampling: dict[str, Any] = field(default_factory=dict)
     send_seed: bool = True  # a `seed` for each call, of the run's; false for servers that refuse one
     reasoning: bool = False  # put a model's separate `reasoning_content` into <think>…</think> before its answer
@@ -152,10 +159,10 @@ def load(path: Path | str, overrides: list[str] = ()) -> DictConfig:
             raise ConfigError(f"{path}: not a yaml of settings")
         if bad := [o for o in overrides if "=" not in o]:
             raise ConfigError(f"'{bad[0]}' is not an override; write key=value, such as budget.cost=20")
-        changes = OmegaConf.from_dotlist(list(overrides))
-        for settings in (given, changes):
-            _no_secrets(OmegaConf.to_container(settings), path)
-        config = OmegaConf.merge(OmegaConf.structured(Synthesis), given, changes)
+        overridden = OmegaConf.from_dotlist(list(overrides))
+        for part in (given, overridden):
+            check_no_key(OmegaConf.to_container(part), path)
+        config = OmegaConf.merge(OmegaConf.structured(Synthesis), given, overridden)
         if missing := OmegaConf.missing_keys(config):
             raise ConfigError(f"{path}: no value for {', '.join(sorted(missing))}")
         check(config, path)
@@ -176,16 +183,12 @@ def load(path: Path | str, overrides: list[str] = ()) -> DictConfig:
 def check(config: DictConfig, path: Path) -> None:
     """Raises ConfigError for values that the types alone allow."""
     for name, endpoint in config.endpoints.items():
-        if not str(endpoint.base_url).startswith(("http://", "https://")):
-            raise ConfigError(f"{path}: endpoints.{name}.base_url is '{endpoint.base_url}'; wanted http(s)://…/v1")
-        if "@" in urlsplit(endpoint.base_url).netloc:
-            raise ConfigError(f"{path}: endpoints.{name}.base_url has a name or password, which cards would show")
+        for key, schemes in (("base_url", ("http", "https")), ("proxy", ("http", "https", "socks5", "socks5h"))):
+            if endpoint[key] is not None:
+                check_address(endpoint[key], schemes, f"{path}: endpoints.{name}.{key}")
         for key in ("concurrency", "attempts", "timeout_s"):
             if endpoint[key] <= 0:
                 raise ConfigError(f"{path}: endpoints.{name}.{key} must be positive, it is {endpoint[key]}")
-        for key in ("backoff_s", "backoff_max_s"):
-            if endpoint[key] < 0:
-                raise ConfigError(f"{path}: endpoints.{name}.{key} must not be negative, it is {endpoint[key]}")
         for key in ("requests_per_minute", "tokens_per_minute"):
             if endpoint[key] is not None and endpoint[key] <= 0:
                 raise ConfigError(f"{path}: endpoints.{name}.{key} must be positive, it is {endpoint[key]}")
@@ -197,13 +200,18 @@ def check(config: DictConfig, path: Path) -> None:
         if stage.keep not in KEEP or (stage.keep in KEEP[3:] and name != "anchor"):
             known = KEEP if name == "anchor" else KEEP[:3]
             raise ConfigError(f"{path}: stages.{name}.keep is '{stage.keep}'; known are {', '.join(known)}")
-        if unfit := [key for key in stage.sampling if key in NOT_SAMPLING]:
-            raise ConfigError(
-                f"{path}: stages.{name}.sampling.{unfit[0]}: sampling holds fields of the request's body such as "
-                "temperature; several texts are asked for by `candidates`"
-            )
         if stage.candidates < 1:
             raise ConfigError(f"{path}: stages.{name}.candidates must be at least 1, it is {stage.candidates}")
+        if wrong := [key for key in stage.sampling if key in NOT_SAMPLING]:
+            how = "write what it holds right below sampling" if wrong[0] == "extra_body" else "it can't be set there"
+            raise ConfigError(f"{path}: stages.{name}.sampling has {wrong[0]}; {how}")
+        if stage.send_seed and "seed" in stage.sampling:
+            raise ConfigError(
+                f"{path}: stages.{name}.sampling has seed, but each call is sent its own; the run's is `seed`, "
+                "and send_seed: false sends this one with every call"
+            )
+    if config.budget.cost is not None and not any(any(config.stages[name].price.values()) for name in STAGES):
+        raise ConfigError(f"{path}: budget.cost is {config.budget.cost:g}, but no stage has a price")
     if not config.stages.describe.images:
         raise ConfigError(f"{path}: stages.describe.images is false, but a description needs the images")
     if config.stages.anchor.keep == "attention" and config.attention.model is None:
@@ -214,18 +222,3 @@ def check(config: DictConfig, path: Path) -> None:
         raise ConfigError(f"{path}: sources is empty")
     if not 0 < config.attention.keep <= 1:
         raise ConfigError(f"{path}: attention.keep must be in (0, 1], it is {config.attention.keep}")
-
-
-def _no_secrets(node: Any, path: Path, where: str = "") -> None:
-    """Raises ConfigError where a key stands in the settings: it would end in copies, logs and repositories."""
-    if isinstance(node, dict):
-        for key, value in node.items():
-            name = f"{where}.{key}" if where else str(key)
-            if str(key).lower().replace("-", "_") in SECRETS:
-                raise ConfigError(f"{path}: {name}: keys don't go into settings; name its variable in api_key_env")
-            _no_secrets(value, path, name)
-    elif isinstance(node, list):
-        for index, value in enumerate(node):
-            _no_secrets(value, path, f"{where}[{index}]")
-    elif isinstance(node, str) and LOGIN.search(node):
-        raise ConfigError(f"{path}: {where}: names and passwords or keys don't go into settings; ${{oc.env:NAME}} does")

@@ -115,8 +115,10 @@ def _sample(outcome: dict, row: dict | None, explain: Mapping[str, str]) -> dict
 
 
 def _question(text: str) -> list[tuple[str, str]]:
-    """Pieces of a question, each placeholder the number of its image."""
+    """Pieces of a question, each of several placeholders the number of its image."""
     first, *others = text.split(IMAGE)
+    if len(others) == 1:
+        return [("text", (first + others[0]).strip())]
     numbered = [piece for n, part in enumerate(others, start=1) for piece in (("tag", f"image {n}"), ("text", part))]
     return [("text", first), *numbered]
 
