@@ -7,6 +7,7 @@ counts say what was paid for.
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -250,16 +251,15 @@ class Comparison:
 def compare(
     folder: Path,
     rows: int,
-    per_minute: float,
+    per_minute: float | None,
     kills: int,
     seed: int,
-    wanted_share: float,
-    killed_per_minute: float | None,
+    wanted_share: float = 0.0,
 ) -> Comparison:
     """`rows` questions once through, and in a second folder with `kills` times kill -9 and reruns.
 
-    per_minute: the rate that the endpoint states and refuses more than; killed_per_minute: the same for the second
-    folder, None: no limit.
+    per_minute: the rate that the endpoint states and refuses more than, of which `wanted_share` must be used; None: no
+    limit.
     """
     questions = write_questions(folder / "questions.parquet", rows, seed)
     failures, rng = [], random.Random(f"kills {seed}")
@@ -268,12 +268,12 @@ def compare(
         if not holds:
             failures.append(words)
 
-    def started(name: str, server: Teacher, rate: float | None) -> tuple[Path, Path, dict]:
-        given = settings(folder / name, questions, server.url, requests_per_minute=rate)
+    def started(name: str, server: Teacher) -> tuple[Path, Path, dict]:
+        given = settings(folder / name, questions, server.url, requests_per_minute=per_minute)
         return write_config(folder / f"{name}.yaml", given), folder / name, given["endpoints"]["teacher"]
 
     with Teacher(FAULTS, requests_per_minute=per_minute, hold_s=HOLD_S, seed=seed) as server:
-        config, through, endpoint = started("through", server, per_minute)
+        config, through, endpoint = started("through", server)
         once, stats = run(config), server.stats()
     wanted(once.code == 0, f"the run ended with {once.code}: {once.output[-2000:]}{once.errors[-2000:]}")
     made, calls = outcomes(through), stored(through)
@@ -292,12 +292,12 @@ def compare(
         served = stats["texts"].get(kind, 0)
         wanted(faulty[kind] == served, f"{served} answers had the fault {kind}, {faulty[kind]} rejected rows have it")
     requests = sum(stats["requests"].values())
-    share = 60 * (requests - 1) / (stats["last"] - stats["first"]) / per_minute
-    own_share = summary["endpoints"]["teacher"]["requests_per_minute"] / per_minute
+    share = rate(stats) / (per_minute or math.inf)
+    own_share = summary["endpoints"]["teacher"]["requests_per_minute"] / (per_minute or math.inf)
     wanted(share >= wanted_share, f"{share:.1%} of the stated rate were used, wanted {wanted_share:.0%}")
 
-    with Teacher(FAULTS, requests_per_minute=killed_per_minute, hold_s=HOLD_S, seed=seed + 1) as server:
-        config, killed_folder, _ = started("killed", server, killed_per_minute)
+    with Teacher(FAULTS, requests_per_minute=per_minute, hold_s=HOLD_S, seed=seed + 1) as server:
+        config, killed_folder, _ = started("killed", server)
         moments = [rng.uniform(0.02, 0.95) for _ in range(kills)]
         runs, killed = run_with_kills(config, killed_folder, moments, stored_bytes(through))
         stats_killed = server.stats()
@@ -333,6 +333,11 @@ def compare(
         seconds=once.seconds,
         failures=failures,
     )
+
+
+def rate(stats: dict) -> float:
+    """Requests a minute, by the teacher's clock."""
+    return 60 * (sum(stats["requests"].values()) - 1) / (stats["last"] - stats["first"])
 
 
 def _counts(rows: list[dict]) -> tuple[int, int, int]:

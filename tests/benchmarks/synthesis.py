@@ -51,7 +51,7 @@ def main(argv=None) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder, rate = Path(name), given.requests_per_minute
         few_mb, failures = peak_of(folder, given.few, rate, given.seed)
-        seen = compare(folder, given.rows, rate, given.kills, given.seed, WANTED_SHARE, rate)
+        seen = compare(folder, given.rows, rate, given.kills, given.seed, WANTED_SHARE)
     growth = seen.peak_mb / few_mb
     failures += seen.failures
     if growth > WANTED_GROWTH:
@@ -66,7 +66,7 @@ def main(argv=None) -> int:
         ("requests", f"{seen.requests:,} in {seen.seconds:.0f} s, start and outputs included"),
         ("stated rate", f"{rate:,.0f} requests a minute; {seen.limited:,} refused as above it"),
         ("of it used", f"{seen.share:.1%} by the endpoint's clock, {seen.own_share:.1%} by summary.json"),
-        ("kill -9", f"{seen.kills}; {seen.twice} calls answered twice, which were in flight"),
+        ("kill -9", f"{seen.kills}; calls answered twice: {seen.twice}, in flight at a kill"),
         ("rows that differ after kills", f"{seen.different:,}"),
         (f"peak memory, {given.few:,} rows", f"{few_mb:.0f} MB"),
         (f"peak memory, {given.rows:,} rows", f"{seen.peak_mb:.0f} MB, {growth:.3f} times as much"),

@@ -9,7 +9,20 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from servers import free_port
-from synthesis_runs import Started, compare, decided, misjudged, outcomes, run, settings, stored, write_config
+from synthesis_runs import (
+    FAULTS,
+    HOLD_S,
+    Started,
+    compare,
+    decided,
+    misjudged,
+    outcomes,
+    rate,
+    run,
+    settings,
+    stored,
+    write_config,
+)
 
 from verl_avar import cli
 from verl_avar.miniature.data import write_questions
@@ -70,10 +83,22 @@ def by_row(out, *columns):
 
 
 def test_every_row_is_accounted_for_once_and_the_same_after_kills(tmp_path):
-    seen = compare(tmp_path, 240, per_minute=4800, kills=2, seed=1, wanted_share=0.85, killed_per_minute=None)
+    seen = compare(tmp_path, 240, per_minute=None, kills=2, seed=1)
     assert seen.failures == []
     assert seen.accepted + seen.rejected == 240 and seen.kills == 2
     assert {reason.split(": ")[1] for reason in seen.reasons} >= {"leak", "refusal", "wrong_answer"}
+
+
+def test_the_stated_rate_is_used_through_faults_and_not_exceeded(synth, tmp_path):
+    """Few requests a second, so that the endpoint is the limit on a busy machine too."""
+    more = write_questions(tmp_path / "more.parquet", 100, seed=2)
+    with Teacher(FAULTS, requests_per_minute=1500, hold_s=HOLD_S) as server:
+        code, *_ = synth(server, f"sources=[{{path: {more}}}]", requests_per_minute=1500)
+        stats = server.stats()
+    own = json.loads((tmp_path / "out" / "summary.json").read_text())["endpoints"]["teacher"]
+    assert code == 0 and misjudged(more, outcomes(tmp_path / "out")) == []
+    assert 0.85 <= rate(stats) / 1500 <= 1.05 and "limited" not in stats["responses"]
+    assert own["requests_per_minute"] == pytest.approx(rate(stats), rel=0.1)
 
 
 def test_a_spent_budget_leaves_rows_pending_and_a_larger_one_finishes_without_a_call_twice(synth, tmp_path, exact):
