@@ -231,7 +231,7 @@ def test_a_second_run_is_refused_while_one_runs_and_sigterm_loses_no_request(tmp
         pending = sum(row["status"] == "pending" for row in rows)
         assert ended.code == EXIT_STOPPED == 143, ended.errors
         ending = "ending after the requests in flight; once more ends at once\n"
-    assert ended.errors == f"{ending}stopped: asked to end; {pending} rows are left\n"
+        assert ended.errors == f"{ending}stopped: asked to end; {pending} rows are left\n"
         assert pending > 0 and len(rows) == ROWS and 4 < len(calls) < CALLS_OF_A_ROW * ROWS
         assert server.stats()["texts"] == {"exact": len(calls)}  # of every request that was made the answer is kept
         code, *_ = synth(server, concurrency=16)
