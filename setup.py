@@ -119,6 +119,7 @@ setup(
             "training/config/**/*.yaml",
             "report/*.html",
             "report/*.md",
+            "evaluation/benchmark/definitions/*.yaml",
             "evaluation/published/*.csv",
             "synthesis/prompts/*.jinja",
         ]

@@ -134,7 +134,7 @@ def test_a_reason_that_no_call_can_change_is_refused_in_one_line(synth, tmp_path
     ("change", "words"),
     [
         (lambda given: given["stages"]["reason"].update(modl="m"), "modl"),
-        (lambda given: given["endpoints"]["teacher"].update(api_key=SECRET), "keys don't go into files"),
+        (lambda given: given["endpoints"]["teacher"].update(api_key=SECRET), "keys don't go into settings"),
         (lambda given: given["endpoints"]["teacher"].update(api_key_env="AVAR_NO_SUCH_KEY"), "AVAR_NO_SUCH_KEY"),
         (lambda given: given["sources"][0].update(path="/nowhere/questions.parquet"), "/nowhere/questions.parquet"),
     ],

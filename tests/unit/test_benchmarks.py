@@ -138,3 +138,21 @@ def test_a_server_that_is_not_its_variant_is_found_out(serving, score, right, wr
             await serving.check(serving.Server(wrong, url, []), body)
 
     asyncio.run(_with_server(score, use))
+
+
+def test_a_run_of_synthesis_fails_for_what_does_not_hold_and_for_memory_that_grows(monkeypatch, capsys):
+    module = SimpleNamespace(**runpy.run_path(str(BENCHMARKS / "synthesis.py")))
+    seen = SimpleNamespace(
+        rows=50, accepted=40, rejected=10, reasons={"anchor: leak": 10}, requests=200, calls=150, share=0.95,
+        own_share=0.94, limited=0, different=0, twice=3, kills=3, peak_mb=105.0, seconds=9.0, failures=[],
+    )  # fmt: skip
+    replaced = module.main.__globals__
+    monkeypatch.setitem(replaced, "peak_of", lambda folder, rows, per_minute, seed: (100.0, []))
+    monkeypatch.setitem(replaced, "compare", lambda *given: seen)
+    assert module.main(["--rows", "50"]) == 0
+    printed = capsys.readouterr().out
+    assert "10 (10 anchor: leak)" in printed and "95.0%" in printed and "1.050 times" in printed
+    seen.peak_mb = 111.0
+    assert module.main(["--rows", "50"]) == 1 and "FAILED: peak memory" in capsys.readouterr().out
+    seen.peak_mb, seen.failures = 100.0, ["row 3: 2 times"]
+    assert module.main(["--rows", "50"]) == 1 and "FAILED: row 3: 2 times" in capsys.readouterr().out

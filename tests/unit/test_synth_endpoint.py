@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from verl_avar.errors import ConfigError
 from verl_avar.synthesis import endpoint as module
+from verl_avar.synthesis import limits
 from verl_avar.synthesis.config import Endpoint as Settings
 from verl_avar.synthesis.endpoint import CallFailed, Endpoint, EndpointError, Stopping
 
@@ -92,11 +93,12 @@ def ask(base_url, times=1, may_go=lambda: True, messages=ASK, sampling=None, rea
 
 def test_an_answer_comes_with_its_finish_and_tokens(serve):
     url, seen = serve((200, completion("four", "length"), {}))
-    (answer,), counts = ask(url, sampling={"temperature": 0.5, "seed": 3, "max_tokens": 9})
+    sampling = {"temperature": 0.5, "seed": 3, "max_tokens": 9, "top_k": 20}  # the last of the server's own
+    (answer,), counts = ask(url, sampling=sampling)
     assert (answer.text, answer.finish, answer.model) == ("four", "length", "m-1")
     assert (answer.prompt_tokens, answer.completion_tokens) == (7, 3)
     assert counts == {"requests": 1, "answers": 1}
-    assert seen[0]["body"] == {"model": "m", "messages": ASK, "temperature": 0.5, "seed": 3, "max_tokens": 9}
+    assert seen[0]["body"] == {"model": "m", "messages": ASK, **sampling}
 
 
 @pytest.mark.parametrize(
@@ -221,6 +223,23 @@ def test_no_request_is_made_once_it_may_not(serve):
     assert isinstance(error, Stopping) and seen == [] and counts == {}
 
 
+@pytest.mark.parametrize(
+    ("reply", "settings"),
+    [
+        ((200, completion(), {}), {"requests_per_minute": 2.0}),
+        ((200, completion(), {}), {"tokens_per_minute": 600.0}),
+        ((429, {"error": {"message": "wait"}}, {"retry-after": "50"}), {}),
+        ((500, {"error": {"message": "oops"}}, {}), {"backoff_s": 50.0}),
+    ],
+)
+def test_no_wait_holds_up_a_run_that_is_to_end(serve, reply, settings):
+    url, seen = serve(reply)
+    start = time.monotonic()
+    results, _ = ask(url, times=3, may_go=lambda: time.monotonic() < start + 1, **settings)
+    assert time.monotonic() - start < 5 and seen
+    assert sum(isinstance(result, Stopping) for result in results) >= 2
+
+
 def test_requests_keep_to_the_stated_rate_and_use_it(serve):
     url, seen = serve((200, completion(), {}))
     rate = 40.0  # a second
@@ -233,8 +252,8 @@ def test_requests_keep_to_the_stated_rate_and_use_it(serve):
 
 
 def test_tokens_keep_to_the_stated_rate(serve, monkeypatch):
-    monkeypatch.setattr(module, "TOKEN_WINDOW_S", 0.2)
-    monkeypatch.setattr(module, "FIRST_TOKENS", 10.0)
+    monkeypatch.setattr(limits, "TOKEN_WINDOW_S", 0.2)
+    monkeypatch.setattr(limits, "FIRST_TOKENS", 10.0)
     url, seen = serve((200, completion(), {}))  # 10 tokens each
     ask(url, times=30, tokens_per_minute=60 * 200)  # 20 calls a second
     assert seen[-1]["time"] - seen[0]["time"] > 1.0
@@ -242,6 +261,6 @@ def test_tokens_keep_to_the_stated_rate(serve, monkeypatch):
 
 def test_an_endpoint_that_gives_no_answer_any_more_ends_the_run(serve, monkeypatch):
     monkeypatch.setattr(module, "GIVE_UP_S", 0.05)
-    url, _ = serve((500, {"error": {"message": "down"}}, {"retry-after": "0.1"}))
-    (error,), _ = ask(url)
+    url, _ = serve((500, {"error": {"message": "down"}}, {"retry-after": "0.2"}))
+    (error,), _ = ask(url, timeout_s=0.1)
     assert isinstance(error, EndpointError) and "no answer for" in str(error)

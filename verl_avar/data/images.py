@@ -109,3 +109,16 @@ def located(image: Any, folders: Sequence[Path]) -> Any:
     if not isinstance(path, str) or Path(path).expanduser().is_absolute():
         return image
     return next((str(folder / path) for folder in folders if (folder / path).is_file()), image)
+
+
+def data_uri(image: bytes) -> str:
+    """The file with its type, by its first bytes. Raises ConfigError for other types than PNG, JPEG and WebP."""
+    if image.startswith(b"\x89PNG\r\n\x1a\n"):
+        kind = "png"
+    elif image.startswith(b"\xff\xd8\xff"):
+        kind = "jpeg"
+    elif image[:4] == b"RIFF" and image[8:12] == b"WEBP":
+        kind = "webp"
+    else:
+        raise ConfigError(f"an image is neither PNG, JPEG nor WebP; it begins with {image[:12]!r}")
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"

@@ -15,7 +15,7 @@ from pathlib import Path
 from verl_avar.errors import ConfigError
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_BUDGET = 1, 2, 3
-EXIT_STOPPED = 128 + signal.SIGTERM
+EXIT_STOPPED, EXIT_INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit status 0: every row is accepted or rejected; 1: an endpoint or the cluster can't be used; 2: a mistake in
-    the settings or the data; 3: the budget is spent; 143: asked to end. After 1 and 143 the same command goes on,
-    after 3 with a larger budget.
+    the settings or the data; 3: the budget is spent; 143: asked to end, by a signal while calls are made; 130: by
+    Ctrl-C at another time. After 1, 130 and 143 the same command goes on, after 3 with a larger budget.
     """
     from verl_avar.synthesis.endpoint import EndpointError
     from verl_avar.synthesis.ray_data import ClusterError
@@ -53,6 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("stopped. The same command goes on from here", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except (EndpointError, ClusterError, OSError) as error:
         print(f"error: {error}. The same command goes on from here", file=sys.stderr)
         return EXIT_FAILED
@@ -71,7 +74,7 @@ def _run(arguments: argparse.Namespace) -> int:
     again = ["avar", "synth", "run", arguments.config, *arguments.overrides]
     if arguments.ray is not None:
         again += ["--ray", arguments.ray, "--workers", str(arguments.workers)]
-    print_summary(result.summary, console, settings.out, shlex.join(again))
+    print_summary(result.summary, console, Path(settings.out).expanduser(), shlex.join(again))
     if result.error:
         raise result.error
     if result.stop:

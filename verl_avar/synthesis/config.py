@@ -17,9 +17,22 @@ from verl_avar.data.schema import MAX_PIXELS, SYSTEM
 from verl_avar.errors import ConfigError
 from verl_avar.synthesis.checks.settings import Checks
 from verl_avar.synthesis.outcomes import STAGES
+from verl_avar.synthesis.private import check_address, check_no_key
 
 KEEP = ("first", "shortest", "longest", "most_anchors", "attention")
 OUTPUTS = ("sft", "rl", "sharegpt", "dataset")
+# What the run itself decides about a request, and arguments of OpenAI's client that are no part of one.
+NOT_SAMPLING = (
+    "model",
+    "messages",
+    "n",
+    "stream",
+    "stream_options",
+    "timeout",
+    "extra_body",
+    "extra_headers",
+    "extra_query",
+)
 
 
 @dataclass
@@ -65,7 +78,8 @@ class Stage:
     model: str = MISSING
     prompt: str | None = None  # jinja file with blocks system and user; beside the yaml; null: the shipped one
     images: bool = False  # send the images; `describe` must, the others may
-    sampling: dict[str, Any] = field(default_factory=dict)  # temperature, top_p, max_tokens, … as the API names them
+    # Any further fields of the request: temperature, top_p, max_tokens, …, and a server's own, such as vLLM's top_k.
+    sampling: dict[str, Any] = field(default_factory=dict)
     send_seed: bool = True  # a `seed` for each call, of the run's; false for servers that refuse one
     reasoning: bool = False  # put a model's separate `reasoning_content` into <think>…</think> before its answer
     candidates: int = 1  # texts asked for; one is kept
@@ -145,8 +159,13 @@ def load(path: Path | str, overrides: list[str] = ()) -> DictConfig:
             raise ConfigError(f"{path}: not a yaml of settings")
         if bad := [o for o in overrides if "=" not in o]:
             raise ConfigError(f"'{bad[0]}' is not an override; write key=value, such as budget.cost=20")
-        _no_secrets(OmegaConf.to_container(given), path)
-        config = OmegaConf.merge(OmegaConf.structured(Synthesis), given, OmegaConf.from_dotlist(list(overrides)))
+        overridden = OmegaConf.from_dotlist(list(overrides))
+        for part in (given, overridden):
+            check_no_key(OmegaConf.to_container(part), path)
+        config = OmegaConf.merge(OmegaConf.structured(Synthesis), given, overridden)
+        if missing := OmegaConf.missing_keys(config):
+            raise ConfigError(f"{path}: no value for {', '.join(sorted(missing))}")
+        check(config, path)
     except FileNotFoundError:
         raise ConfigError(f"no config {path}") from None
     except yaml.YAMLError as error:
@@ -154,9 +173,6 @@ def load(path: Path | str, overrides: list[str] = ()) -> DictConfig:
     except OmegaConfBaseException as error:
         where = f" (at {error.full_key})" if error.full_key else ""
         raise ConfigError(f"{path}: {str(error).splitlines()[0]}{where}") from None
-    if missing := OmegaConf.missing_keys(config):
-        raise ConfigError(f"{path}: no value for {', '.join(sorted(missing))}")
-    check(config, path)
     for stage in STAGES:
         if config.stages[stage].prompt is not None:
             prompt = path.parent / Path(config.stages[stage].prompt).expanduser()
@@ -167,8 +183,9 @@ def load(path: Path | str, overrides: list[str] = ()) -> DictConfig:
 def check(config: DictConfig, path: Path) -> None:
     """Raises ConfigError for values that the types alone allow."""
     for name, endpoint in config.endpoints.items():
-        if not str(endpoint.base_url).startswith(("http://", "https://")):
-            raise ConfigError(f"{path}: endpoints.{name}.base_url is '{endpoint.base_url}'; wanted http(s)://…/v1")
+        for key, schemes in (("base_url", ("http", "https")), ("proxy", ("http", "https", "socks5", "socks5h"))):
+            if endpoint[key] is not None:
+                check_address(endpoint[key], schemes, f"{path}: endpoints.{name}.{key}")
         for key in ("concurrency", "attempts", "timeout_s"):
             if endpoint[key] <= 0:
                 raise ConfigError(f"{path}: endpoints.{name}.{key} must be positive, it is {endpoint[key]}")
@@ -185,6 +202,16 @@ def check(config: DictConfig, path: Path) -> None:
             raise ConfigError(f"{path}: stages.{name}.keep is '{stage.keep}'; known are {', '.join(known)}")
         if stage.candidates < 1:
             raise ConfigError(f"{path}: stages.{name}.candidates must be at least 1, it is {stage.candidates}")
+        if wrong := [key for key in stage.sampling if key in NOT_SAMPLING]:
+            how = "write what it holds right below sampling" if wrong[0] == "extra_body" else "it can't be set there"
+            raise ConfigError(f"{path}: stages.{name}.sampling has {wrong[0]}; {how}")
+        if stage.send_seed and "seed" in stage.sampling:
+            raise ConfigError(
+                f"{path}: stages.{name}.sampling has seed, but each call is sent its own; the run's is `seed`, "
+                "and send_seed: false sends this one with every call"
+            )
+    if config.budget.cost is not None and not any(any(config.stages[name].price.values()) for name in STAGES):
+        raise ConfigError(f"{path}: budget.cost is {config.budget.cost:g}, but no stage has a price")
     if not config.stages.describe.images:
         raise ConfigError(f"{path}: stages.describe.images is false, but a description needs the images")
     if config.stages.anchor.keep == "attention" and config.attention.model is None:
@@ -195,16 +222,3 @@ def check(config: DictConfig, path: Path) -> None:
         raise ConfigError(f"{path}: sources is empty")
     if not 0 < config.attention.keep <= 1:
         raise ConfigError(f"{path}: attention.keep must be in (0, 1], it is {config.attention.keep}")
-
-
-def _no_secrets(node: Any, path: Path, where: str = "") -> None:
-    """Raises ConfigError where a key stands in the file: it would end in copies, logs and repositories."""
-    if isinstance(node, dict):
-        for key, value in node.items():
-            name = f"{where}.{key}" if where else str(key)
-            if str(key).lower() in ("api_key", "key", "token", "authorization"):
-                raise ConfigError(f"{path}: {name}: keys don't go into files; name its variable in api_key_env")
-            _no_secrets(value, path, name)
-    elif isinstance(node, list):
-        for index, value in enumerate(node):
-            _no_secrets(value, path, f"{where}[{index}]")

@@ -10,20 +10,19 @@ import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import openai
-from aiolimiter import AsyncLimiter
 from omegaconf import DictConfig
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from verl_avar.errors import ConfigError
+from verl_avar.synthesis.answer import BAD_REQUEST, Answer, read, utf8
+from verl_avar.synthesis.limits import Limits
 
-TOKEN_WINDOW_S = 10.0  # tokens are let through in shares of the minute: a whole minute's at once would be refused
-FIRST_TOKENS = 1000.0  # a call's tokens, until some are known
-REQUEST_WINDOW_S = 0.5
 POOL = 8  # connections of one pool: finding a free one takes longer the more there are (128 requests/s with 64, 334 so)
-GIVE_UP_S = 600.0  # without one answer while requests fail: the endpoint is down
+GIVE_UP_S = 600.0  # of nothing but failed requests, and as long as one may take: the endpoint is down
+REFUSED = 30  # requests of a stage, its first ones and all of them refused: it isn't the rows
+PAUSE_S = 0.5  # between looks at whether a waiting call may still go
 KINDS = {408: "timeout", 409: "server_error", 429: "rate_limit"}
 
 
@@ -49,18 +48,6 @@ class _Transient(Exception):
         self.kind, self.after_s = kind, after_s
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a model wrote. finish: the API's finish_reason, or bad_request where the endpoint refused the request."""
-
-    text: str
-    finish: str
-    model: str
-    prompt_tokens: int
-    completion_tokens: int
-    seconds: float
-
-
 class Endpoint:
     """To be used within one event loop. Raises ConfigError where its key is not in the environment.
 
@@ -69,17 +56,15 @@ class Endpoint:
 
     def __init__(self, name: str, settings: DictConfig, may_go: Callable[[], bool] = lambda: True):
         self.name, self.settings, self.may_go = name, settings, may_go
-        self.key = _key(name, settings)
+        self.key = key_of(name, settings)
         self.clients = [self._client() for _ in range(math.ceil(settings.concurrency / POOL))]
         self.turns = itertools.cycle(self.clients)
         self.places = asyncio.Semaphore(settings.concurrency)
-        per_minute = settings.requests_per_minute
-        self.requests = per_minute and AsyncLimiter(*_window(per_minute))
-        per_minute = settings.tokens_per_minute
-        self.tokens = per_minute and AsyncLimiter(per_minute * TOKEN_WINDOW_S / 60, TOKEN_WINDOW_S)
-        self.expected: dict[str, float] = {}  # mean tokens of a model's calls
+        self.limits = Limits(settings.requests_per_minute, settings.tokens_per_minute)
         self.counts: dict[str, Counter] = defaultdict(Counter)  # of each stage: requests, answers, failures by kind
-        self.first = self.last = self.answered = None  # time.monotonic() of requests and of the last answer
+        self.first = self.last = None  # time.monotonic() of requests
+        self.under_way = 0  # calls
+        self.failing: float | None = None  # since when nothing but failures
 
     def _client(self) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(
@@ -123,60 +108,95 @@ class Endpoint:
             retry=retry_if_exception_type(_Transient),
             stop=stop_after_attempt(settings.attempts),
             wait=wait,
+            sleep=self._pause,
             reraise=True,
         )
+        if not self.under_way:
+            self.failing = None  # what failed before it had nothing to do says nothing of now
+        self.under_way += 1
         try:
             return await retrying(self._attempt, self.counts[stage], model, messages, sampling, reasoning)
         except _Transient as error:
             raise CallFailed(error.kind, f"{error} ({settings.attempts} attempts)") from None
+        finally:
+            self.under_way -= 1
+
+    async def _pause(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while self.may_go() and (left := end - time.monotonic()) > 0:
+            await asyncio.sleep(min(left, PAUSE_S))
+
+    async def _admitted(self, model: str) -> float:
+        """Waits until the limits allow a call; returns the tokens that were taken for it."""
+        async with self.limits.turn:
+            expected = await self.limits.tokens_for(model) if self.may_go() else 0.0
+            if self.limits.requests and self.may_go():
+                await self.limits.requests.acquire()
+            if not self.may_go():
+                raise Stopping
+        return expected
 
     async def _attempt(
         self, counts: Counter, model: str, messages: list[dict], sampling: dict, reasoning: bool
     ) -> Answer:
         async with self.places:
-            expected = self.expected.get(model, FIRST_TOKENS)
-            if self.tokens:
-                await self.tokens.acquire(min(expected, self.tokens.max_rate))
-            if self.requests:
-                await self.requests.acquire()
-            if not self.may_go():
-                raise Stopping
-            start = time.monotonic()
+            expected = await self._admitted(model)
+            start = self.last = time.monotonic()
             self.first = self.first or start
-            self.answered = self.answered or start
-            self.last = start
             counts["requests"] += 1
             try:
-                client = next(self.turns)
-                reply = await client.chat.completions.create(model=model, messages=messages, **sampling)
-                answer = _answer(reply, model, reasoning, time.monotonic() - start)
-            except (openai.OpenAIError, json.JSONDecodeError, UnicodeDecodeError) as error:
-                refused = self._judge(error, time.monotonic() - start)
-                if isinstance(refused, Answer):
-                    counts["bad_request"] += 1
-                    return refused
-                counts[refused.kind] += 1
-                if time.monotonic() - self.answered > GIVE_UP_S:
-                    raise EndpointError(
-                        f"endpoint {self.name}: no answer for {GIVE_UP_S:.0f} s, last {refused.kind}: {refused}"
-                    ) from None
-                raise refused from None
+                answer = await self._request(model, messages, sampling, reasoning)
             except _Transient as error:
                 counts[error.kind] += 1
+                self.failing = self.failing or time.monotonic()
+                patience = GIVE_UP_S + self.settings.timeout_s
+                if time.monotonic() - self.failing > patience:
+                    raise EndpointError(
+                        f"endpoint {self.name}: no answer for {patience:.0f} s, last {error.kind}: {error}"
+                    ) from None
                 raise
-            self.answered = time.monotonic()
+            self.failing = None
+        if answer.finish == BAD_REQUEST:
+            counts[BAD_REQUEST] += 1
+            if counts[BAD_REQUEST] >= REFUSED and not counts["answers"]:
+                raise EndpointError(
+                    f"endpoint {self.name} refused all of {counts[BAD_REQUEST]} requests, the last: {answer.text}. "
+                    f"Correct the settings, and have those rows asked again by --retry {BAD_REQUEST}"
+                )
+            return answer
         counts["answers"] += 1
-        used = answer.prompt_tokens + answer.completion_tokens
-        self.expected[model] = used if model not in self.expected else 0.9 * expected + 0.1 * used
-        if self.tokens and used > expected:
-            await self.tokens.acquire(min(used - expected, self.tokens.max_rate))
+        self.limits.used(model, expected, answer.prompt_tokens + answer.completion_tokens)
         return answer
+
+    async def _request(self, model: str, messages: list[dict], sampling: dict, reasoning: bool) -> Answer:
+        """Raises _Transient and EndpointError."""
+        start = time.monotonic()
+        create = next(self.turns).chat.completions.create
+        try:
+            # The client's own timeout is of each read: an answer that trickles in would never end.
+            reply = await asyncio.wait_for(
+                create(model=model, messages=messages, extra_body=sampling), self.settings.timeout_s
+            )
+        except asyncio.TimeoutError:
+            raise self._late() from None
+        except (openai.OpenAIError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            refused = self._judge(error, time.monotonic() - start)
+            if isinstance(refused, Answer):
+                return refused
+            raise refused from None
+        answer = read(reply, model, reasoning, time.monotonic() - start)
+        if answer is None:
+            raise _Transient("malformed", self.scrubbed(f"no chat completion: {str(reply)!r}")[:300])
+        return answer
+
+    def _late(self) -> _Transient:
+        return _Transient("timeout", f"no answer within {self.settings.timeout_s:g} s")
 
     def _judge(self, error: Exception, seconds: float) -> _Transient | Answer:
         """What an error means: try again, or an answer that refuses this request. Raises EndpointError for the rest."""
-        detail = self.scrubbed(" ".join(str(error).split())[:300])
+        detail = self.scrubbed(" ".join(str(error).split()))[:300]
         if isinstance(error, openai.APITimeoutError):
-            return _Transient("timeout", f"no answer within {self.settings.timeout_s:g} s")
+            return self._late()
         if isinstance(error, openai.APIStatusError):
             status = error.status_code
             if status in KINDS or status >= 500:
@@ -184,7 +204,7 @@ class Endpoint:
                     raise EndpointError(f"endpoint {self.name}: {detail}") from None
                 return _Transient(KINDS.get(status, "server_error"), detail, _retry_after(error))
             if status in (400, 413, 422):
-                return Answer(detail, "bad_request", "", 0, 0, seconds)
+                return Answer(detail, BAD_REQUEST, "", 0, 0, seconds)
             if status in (401, 403):
                 variable = self.settings.api_key_env
                 how = f"check {variable}" if variable else "name the variable that holds its key in api_key_env"
@@ -201,11 +221,12 @@ class Endpoint:
         return _Transient("malformed", detail)
 
     def scrubbed(self, text: str) -> str:
-        """Without the key: some servers repeat it in their errors."""
-        return text.replace(self.key, "[key]") if self.key else text
+        """Without the key, which some servers repeat in their errors, and such that UTF-8 can hold it."""
+        return utf8(text.replace(self.key, "[key]") if self.key else text)
 
 
-def _key(name: str, settings: DictConfig) -> str | None:
+def key_of(name: str, settings: DictConfig) -> str | None:
+    """An endpoint's key, from the environment. Raises ConfigError where it is not there, or is no key."""
     if settings.api_key_env is None:
         return None
     key = os.environ.get(settings.api_key_env, "").strip()
@@ -213,13 +234,11 @@ def _key(name: str, settings: DictConfig) -> str | None:
         raise ConfigError(
             f"endpoint {name}: the environment has no {settings.api_key_env} (endpoints.{name}.api_key_env)"
         )
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(
+            f"endpoint {name}: {settings.api_key_env} holds something that no key has: a line break, “ or ”"
+        )
     return key
-
-
-def _window(per_minute: float) -> tuple[float, float]:
-    """(requests, seconds) of a limit in windows short enough that a server's own window never sees a burst."""
-    seconds = max(REQUEST_WINDOW_S, 60 / per_minute)
-    return max(1.0, per_minute * seconds / 60), seconds
 
 
 def _retry_after(error: openai.APIStatusError) -> float | None:
@@ -229,20 +248,3 @@ def _retry_after(error: openai.APIStatusError) -> float | None:
         except ValueError:  # not there, or a date
             continue
     return None
-
-
-def _answer(reply, model: str, reasoning: bool, seconds: float) -> Answer:
-    """Raises _Transient("malformed") for what is not a chat completion."""
-    choices = getattr(reply, "choices", None)
-    message = getattr(choices[0], "message", None) if isinstance(choices, list) and choices else None
-    if message is None:
-        raise _Transient("malformed", f"no choices in the answer: {str(reply)[:200]!r}")
-    text, finish = message.content or "", choices[0].finish_reason or "unknown"
-    if not text and getattr(message, "refusal", None):
-        text, finish = message.refusal, "content_filter"
-    thought = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
-    if reasoning and isinstance(thought, str) and thought.strip() and "<think>" not in text:
-        text = f"<think>{thought.strip()}</think>{text}"
-    usage = reply.usage
-    counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
-    return Answer(text, finish, reply.model or model, *counts, seconds)

@@ -14,13 +14,15 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from omegaconf import DictConfig, OmegaConf
 
+from verl_avar.errors import ConfigError
+from verl_avar.synthesis.answer import BAD_REQUEST, Answer
 from verl_avar.synthesis.checks import Context, Problem
 from verl_avar.synthesis.checks.settings import TextChecks
 from verl_avar.synthesis.checks.stages import check
-from verl_avar.synthesis.endpoint import Answer, CallFailed, Endpoint, EndpointError, Stopping
+from verl_avar.synthesis.endpoint import CallFailed, Endpoint, EndpointError, Stopping
 from verl_avar.synthesis.outcomes import PENDING, STAGES
-from verl_avar.synthesis.store import CALLS, FAILURES, Lines, Writer
-from verl_avar.synthesis.walk import Ask, Unanswered, Walk, prompt, walk
+from verl_avar.synthesis.store import CALLS, FAILURES, Lines, Writer, write_whole
+from verl_avar.synthesis.walk import CALL_FAILED, Ask, Unanswered, Walk, prompt, walk
 
 ROWS_FILE, RETRIES_FILE = "rows.parquet", "retries.jsonl"
 RUNS = "runs"
@@ -84,8 +86,9 @@ def run_calls(config: DictConfig, out: Path, rows: Iterable[dict], writer: str, 
     """Makes every call that the rows need and the store lacks, and keeps OUT/runs/WRITER.json, how it went.
 
     progress.spent: what the budget is held against, to begin with. A row whose calls fail is passed over, to be tried
-    again by the next run. Raises EndpointError where an endpoint can't be used at all, after what is in flight has
-    ended.
+    again by the next run. Whatever else goes wrong ends the run: no more requests are made, answers to those in flight
+    are kept, then it is raised. That is EndpointError where an endpoint can't be used at all, ConfigError for a prompt
+    that a row can't be put into, OSError for a full disk.
     """
     with Lines(out / CALLS) as stored:
         run = _Run(config, out, stored, writer, progress)
@@ -102,7 +105,9 @@ class _Run:
         self.calls, self.failures = Writer(out / CALLS, writer), Writer(out / FAILURES, writer)
         self.checker = ThreadPoolExecutor(1)  # math-verify takes its time; requests go on meanwhile
         self.checks = check_settings_of(config)
-        self.error: EndpointError | None = None
+        self.has_budget = any(config.budget[kind] is not None for kind in config.budget)
+        self.error: BaseException | None = None  # the first one
+        self.begun: set[str] = set()  # ids of rows, where several rows may have one and the same
         self.record, self.started, self.recorded = out / RUNS / f"{writer}.json", time.time(), 0.0
         self.record.parent.mkdir(parents=True, exist_ok=True)
 
@@ -121,6 +126,8 @@ class _Run:
             for row in rows:
                 if not self.may_go():
                     break
+                if self.is_repeated(row):
+                    continue
                 if len(tasks) >= places:
                     ended, tasks = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                     self.tell(ended)
@@ -137,8 +144,25 @@ class _Run:
         if self.error:
             raise self.error
 
+    def is_repeated(self, row: dict) -> bool:
+        """Whether an earlier row is the same but for its place: its answers are this one's too."""
+        if self.config.duplicates.exact:  # intake left those out
+            return False
+        if row["id"] in self.begun:
+            self.progress.rows["repeated"] += 1
+            return True
+        self.begun.add(row["id"])
+        return False
+
+    def fail(self, error: BaseException) -> None:
+        self.error = self.error or error
+        self.progress.stop = self.progress.stop or str(error)
+
     def tell(self, ended: Iterable[asyncio.Task]) -> None:
         for task in ended:
+            if error := task.exception():
+                self.fail(error)
+                continue
             done = task.result()
             self.progress.rows[done.status] += 1
             if done.problem:
@@ -161,9 +185,7 @@ class _Run:
             for name, endpoint in self.endpoints.items()
         }
         record = {"started": self.started, "seconds": time.time() - self.started, "endpoints": endpoints}
-        part = self.record.with_suffix(".part")
-        part.write_text(json.dumps(record))
-        part.replace(self.record)
+        write_whole(self.record, json.dumps(record))
 
     def may_go(self) -> bool:
         if self.progress.stop is None and self.progress.spent.over(self.config.budget):
@@ -174,7 +196,10 @@ class _Run:
         async def ask(one: Ask) -> dict:
             return self.stored.get(one.key) or await self.call(row, one)
 
-        return await walk(row, self.config, self.attempts, ask, self.check)
+        try:
+            return await walk(row, self.config, self.attempts, ask, self.check)
+        except ConfigError as error:
+            raise ConfigError(f"row {row['source_row']} of {row['source']}: {error}") from None
 
     async def call(self, row: dict, one: Ask) -> dict:
         settings = self.config.stages[one.stage]
@@ -186,17 +211,18 @@ class _Run:
             answer = await endpoint.call(one.stage, one.model, messages, one.sampling, settings.reasoning)
         except CallFailed as error:
             self.failures.add(one.key, about | {"kind": error.kind, "detail": str(error), "time": time.time()})
-            raise Unanswered("call_failed", str(error)) from None
+            raise Unanswered(CALL_FAILED, str(error)) from None
         except Stopping:
             raise Unanswered(PENDING) from None
         except EndpointError as error:
-            self.error = self.error or error
-            self.progress.stop = str(error)
+            self.fail(error)
             raise Unanswered(PENDING) from None
         record = about | asdict(answer) | {"cost": cost(answer, settings.price), "time": time.time()}
         self.calls.add(one.key, record)
         self.progress.calls += 1
         self.progress.spent.add(record)
+        if self.has_budget and not answer.prompt_tokens and answer.finish != BAD_REQUEST:
+            self.fail(EndpointError(f"endpoint {endpoint.name} does not say how many tokens it used: set no budget"))
         return record
 
     async def check(self, stage: str, text: str, finish: str, context: Context) -> Problem | None:

@@ -8,7 +8,6 @@ model.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ import jinja2
 from jinja2 import meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from verl_avar.data.images import data_uri
 from verl_avar.errors import ConfigError
 from verl_avar.synthesis.outcomes import STAGES
 
@@ -79,19 +79,6 @@ def copy_prompts(folder: Path | str) -> list[Path]:
     for copy in copies:
         shutil.copyfile(FOLDER / copy.name, copy)
     return copies
-
-
-def data_uri(image: bytes) -> str:
-    """The file with its type, by its first bytes. Raises ConfigError for other types than PNG, JPEG and WebP."""
-    if image.startswith(b"\x89PNG\r\n\x1a\n"):
-        kind = "png"
-    elif image.startswith(b"\xff\xd8\xff"):
-        kind = "jpeg"
-    elif image[:4] == b"RIFF" and image[8:12] == b"WEBP":
-        kind = "webp"
-    else:
-        raise ConfigError(f"an image is neither PNG, JPEG nor WebP; it begins with {image[:12]!r}")
-    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 
 @cache

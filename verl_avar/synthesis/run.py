@@ -22,14 +22,14 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from verl_avar.synthesis.checks.stages import check_settings
-from verl_avar.synthesis.endpoint import EndpointError
+from verl_avar.synthesis.endpoint import EndpointError, key_of
 from verl_avar.synthesis.intake import intake
 from verl_avar.synthesis.outcomes import STAGES
 from verl_avar.synthesis.pipeline import BUDGET, ROWS_FILE, SIGNALLED, Progress, Spent, read_rows, run_calls
 from verl_avar.synthesis.progress import shown
 from verl_avar.synthesis.prompt import check as check_prompt
 from verl_avar.synthesis.settle import Pick, check_reasons, send_again, settle, walks
-from verl_avar.synthesis.store import CALLS, Lines, locked, writer_name
+from verl_avar.synthesis.store import CALLS, Lines, locked, remove_parts, write_whole, writer_name
 from verl_avar.synthesis.tally import summarise
 
 SUMMARY_FILE = "summary.json"
@@ -56,12 +56,15 @@ def synthesise(
     for stage in STAGES:
         check_prompt(config.stages[stage].prompt, stage)
         check_settings(config.checks[stage])
+        endpoint = config.stages[stage].endpoint
+        key_of(endpoint, config.endpoints[endpoint])
     check_reasons(retry)
     with locked(out):
+        remove_parts(out)
         counts = intake(config, out)
         told = ", ".join(f"{count:,} {reason}" for reason, count in counts["reasons"].items())
         console.print(f"intake: {counts['rows']:,} rows, {counts['rejected']:,} left out" + f" ({told})" * bool(told))
-        _write(out / "config.yaml", OmegaConf.to_yaml(config))
+        write_whole(out / "config.yaml", OmegaConf.to_yaml(config))
         for reason, count in (send_again(config, out, retry) if retry else {}).items():
             console.print(f"{reason}: {count:,} rows are asked again", highlight=False)
         progress, error = Progress(), None
@@ -131,7 +134,7 @@ def conclude(config: DictConfig, out: Path) -> dict:
     write_outputs(config, out)
     write_viewer(config, out)
     write_card(config, out, summary)
-    _write(out / SUMMARY_FILE, json.dumps(summary, indent=1, ensure_ascii=False))
+    write_whole(out / SUMMARY_FILE, json.dumps(summary, indent=1, ensure_ascii=False))
     return summary
 
 
@@ -153,12 +156,6 @@ def by_attention(config: DictConfig, out: Path) -> Pick:
     return pick
 
 
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-
-
 @contextmanager
 def _stopped_by_signals(progress: Progress) -> Iterator[None]:
     """The first SIGINT or SIGTERM asks the run to end, the next does what it did before."""
@@ -166,6 +163,7 @@ def _stopped_by_signals(progress: Progress) -> Iterator[None]:
 
     def ask(number, _frame) -> None:
         progress.stop = progress.stop or SIGNALLED
+        os.write(2, b"\nending after the requests in flight; once more ends at once\n")  # print may be under way
         signal.signal(number, before[number])
 
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -18,12 +18,12 @@ from omegaconf import DictConfig
 
 from verl_avar.errors import ConfigError
 from verl_avar.synthesis.checks import Problem
-from verl_avar.synthesis.checks.reasons import INTAKE, REASONS
+from verl_avar.synthesis.checks.reasons import INTAKE_REASONS, REASONS, STAGE_REASONS
 from verl_avar.synthesis.checks.stages import check, find_anchors
 from verl_avar.synthesis.outcomes import OUTCOMES, PENDING, REJECTED, STAGES
 from verl_avar.synthesis.pipeline import RETRIES_FILE, ROWS_FILE, check_settings_of, read_attempts, read_rows
-from verl_avar.synthesis.store import CALLS, FAILURES, Lines
-from verl_avar.synthesis.walk import Ask, Unanswered, Walk, walk
+from verl_avar.synthesis.store import CALLS, FAILURES, Lines, write_whole
+from verl_avar.synthesis.walk import CALL_FAILED, Ask, Unanswered, Walk, walk
 
 OUTCOMES_FILE, INTAKE_FILE = "outcomes.parquet", "intake.parquet"
 WRITTEN_AT_ONCE = 256  # rows
@@ -79,7 +79,7 @@ def walks(config: DictConfig, out: Path) -> Iterator[tuple[dict, Walk]]:
             if call := stored.get(one.key):
                 return call
             if failure := failed.get(one.key):
-                raise Unanswered("call_failed", failure["detail"])
+                raise Unanswered(CALL_FAILED, failure["detail"])
             raise Unanswered(PENDING)
 
         async def checked(stage: str, *arguments) -> Problem | None:
@@ -106,31 +106,33 @@ def check_reasons(reasons: Iterable[str]) -> None:
     for given in reasons:
         stage, _, code = given.rpartition(":")
         if code not in REASONS:
-            raise ConfigError(f"--retry {given}: unknown reason '{code}'; known are {', '.join(REASONS)}")
-        if code in INTAKE:
+            raise ConfigError(f"--retry {given}: unknown reason '{code}'; known are {', '.join(STAGE_REASONS)}")
+        if code in INTAKE_REASONS:
             how = "change the source, or `duplicates` and `overlap`"
             raise ConfigError(f"--retry {given}: {code} is a reason of the intake, which asks no model; {how}")
-        if code == "attention_low":
+        if code not in STAGE_REASONS:
             raise ConfigError(f"--retry {given}: {code} is the selection's, which asks no model; change attention.keep")
         if stage and stage not in STAGES:
             raise ConfigError(f"--retry {given}: unknown stage '{stage}'; stages are {', '.join(STAGES)}")
 
 
-def send_again(config: DictConfig, out: Path, reasons: Iterable[str]) -> dict[str, int]:
+def send_again(config: DictConfig, out: Path, wanted: Iterable[str]) -> dict[str, int]:
     """Has the stage asked again that rejected a row for one of these reasons; returns how many rows by reason.
 
-    What was marked before and not answered since is not marked twice. A reason may be STAGE:REASON.
+    What was marked before and not answered since is not marked twice; call_failed needs no mark, for every run makes
+    such calls again. wanted: reason codes of stages, or STAGE:REASON (`check_reasons`).
     """
-    counts = dict.fromkeys(reasons, 0)
-    lines = []
+    counts = dict.fromkeys(wanted, 0)
+    marked = {}  # by row and stage: rows may have the same id
     for row in walked(config, out):
-        for reason in counts:
-            stage, _, code = reason.rpartition(":")
-            if row["reason"] == code and row["stage"] in ([stage] if stage else [row["stage"]]):
-                counts[reason] += 1
-                if code != "call_failed":  # which every run makes again
-                    lines.append({"row": row["id"], "stage": row["stage"], "reason": code, "time": time.time()})
-                break
-    with (out / RETRIES_FILE).open("a") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines))
+        stage, code = row["stage"], row["reason"]
+        if row["status"] != REJECTED or stage not in STAGES:
+            continue
+        if reason := next((one for one in counts if one in (code, f"{stage}:{code}")), None):
+            counts[reason] += 1
+            if code != CALL_FAILED:
+                marked[row["id"], stage] = {"row": row["id"], "stage": stage, "reason": code, "time": time.time()}
+    path = out / RETRIES_FILE
+    before = path.read_text() if path.exists() else ""
+    write_whole(path, before + "".join(json.dumps(line) + "\n" for line in marked.values()))
     return counts

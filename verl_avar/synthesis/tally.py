@@ -9,6 +9,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from verl_avar.synthesis.answer import BAD_REQUEST
 from verl_avar.synthesis.outcomes import STAGES
 from verl_avar.synthesis.pipeline import RUNS, read_rows
 from verl_avar.synthesis.prompt import template_hash
@@ -50,7 +51,9 @@ def summarise(config: DictConfig, out: Path, attention: dict | None) -> dict:
 def _stage(config: DictConfig, stage: str, totals: Counter, runs: list[dict]) -> dict:
     settings = config.stages[stage]
     counts = sum((_counts(run, settings.endpoint, stage) for run in runs), Counter())
-    requests, _ = counts.pop("requests", 0), counts.pop("answers", 0)
+    requests = counts.pop("requests", 0)
+    for answered in ("answers", BAD_REQUEST):
+        counts.pop(answered, 0)
     return {
         "model": settings.model,
         "endpoint": config.endpoints[settings.endpoint].base_url,

@@ -17,10 +17,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_avar.data.choices import with_options
 from verl_avar.data.schema import IMAGE
+from verl_avar.synthesis.answer import BAD_REQUEST
 from verl_avar.synthesis.checks import Context, Problem
 from verl_avar.synthesis.outcomes import ACCEPTED, PENDING, REJECTED, STAGES, TEXTS
 from verl_avar.synthesis.prompt import render
 from verl_avar.synthesis.store import call_key
+
+CALL_FAILED = "call_failed"
 
 
 @dataclass(frozen=True)
@@ -117,8 +120,8 @@ async def _candidates(
         for one, answer in zip(group, await _all(ask(one) for one in group), strict=True):
             done.calls.append(answer)
             text = answer["text"]
-            if answer["finish"] == "bad_request":
-                problem, text = Problem("bad_request", text), None  # the endpoint's words, no text of the stage
+            if answer["finish"] == BAD_REQUEST:
+                problem, text = Problem(BAD_REQUEST, text), None  # the endpoint's words, no text of the stage
             else:
                 problem = await check(one.stage, text, answer["finish"], context)
             if problem is None:
@@ -132,11 +135,11 @@ async def _candidates(
 
 
 async def _all(awaitables) -> list:
-    """Every result, in order; where some raise, the first's error once all have ended: what was answered is stored."""
+    """Every result, in order. Where some raise, one's error once all have ended: what was answered is stored. That a
+    call has no answer is the least of errors."""
     results = await asyncio.gather(*awaitables, return_exceptions=True)
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
+    if errors := [result for result in results if isinstance(result, BaseException)]:
+        raise min(errors, key=lambda error: isinstance(error, Unanswered))
     return results
 
 

@@ -2,19 +2,7 @@
 
 from __future__ import annotations
 
-# Of rows that no stage was asked about.
-INTAKE = (
-    "bad_row",
-    "no_image",
-    "bad_image",
-    "no_question",
-    "no_answer",
-    "duplicate",
-    "near_duplicate",
-    "benchmark_overlap",
-)
-REASONS: dict[str, str] = {
-    # intake
+INTAKE_REASONS: dict[str, str] = {
     "bad_row": "the source's row lacks what a row needs, or holds it in another form",
     "no_image": "no image, or another number of images than the question has places for",
     "bad_image": "an image that cannot be read",
@@ -23,6 +11,8 @@ REASONS: dict[str, str] = {
     "duplicate": "the same question, answer, choices and image files as an earlier row",
     "near_duplicate": "nearly the same question and image as an earlier row, with the same answer",
     "benchmark_overlap": "the question stands in an evaluation benchmark",
+}
+STAGE_REASONS: dict[str, str] = {  # for which a stage can be asked again
     # calls
     "call_failed": "no attempt got an answer from the endpoint",
     "bad_request": "the endpoint refused the request as it was made",
@@ -44,6 +34,11 @@ REASONS: dict[str, str] = {
     "bunched_anchors": "the looks at the image stand close together, not spread over the chain",
     "ungrounded_anchors": "too few of the looks name something that the description names",
     "length_ratio": "much longer or shorter than the chain that it was made from",
-    # selection
-    "attention_low": "the student looks at the image less over this chain than over those kept",
 }
+REASONS = (
+    INTAKE_REASONS
+    | STAGE_REASONS
+    | {
+        "attention_low": "the student looks at the image less over this chain than over those kept",
+    }
+)
