@@ -48,7 +48,7 @@ def settings(server, tmp_path_factory):
         stages[stage]["sampling"] = {"max_tokens": 60, "temperature": 1.0}
     for stage in ("reason", "anchor"):
         stages[stage]["candidates"] = 4
-        stages[stage]["sampling"]["extra_body"] = {"structured_outputs": {"regex": CHAIN}}
+        stages[stage]["sampling"]["structured_outputs"] = {"regex": CHAIN}
     loose = {"min_words": 1, "max_repeated": 1.0}
     given = {
         "name": "nonsense",
