@@ -107,7 +107,8 @@ def test_a_spent_budget_leaves_rows_pending_and_a_larger_one_finishes_without_a_
     rows = outcomes(out)
     pending = sum(row["status"] == "pending" for row in rows)
     assert code == EXIT_BUDGET == 3 and len(rows) == ROWS and 0 < pending < ROWS
-    assert errors == f"stopped: the budget is spent; {pending} rows are left\n"
+    how = "a larger budget.tokens or budget.cost goes on from here"
+    assert errors == f"stopped: the budget is spent; {pending} rows are left; {how}\n"
     tokens = [call["prompt_tokens"] + call["completion_tokens"] for call in stored(out)]
     assert 9000 <= sum(tokens) < 9000 + 2 * max(tokens)
     assert asked.since("texts") == {"exact": len(tokens)}
