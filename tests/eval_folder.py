@@ -26,15 +26,15 @@ BLIND = {"mathvista": range(6), "mmstar": range(5)}
 BIASED = {"mathvista": range(14), "mmstar": range(9)}
 
 
-def accuracy(results: pd.DataFrame) -> dict:
-    """A benchmark's share of right answers, over those that came, with a normal interval."""
+def accuracy(results: pd.DataFrame, metrics: dict | None = None) -> dict:
+    """What `metrics.figures` gives, of the metric accuracy alone and with a normal interval."""
     found = {}
     for name, part in results.groupby("benchmark"):
-        right = part["right"].dropna().astype(float)
+        right = part["right"].eq(True).groupby(part["id"]).mean()
         half = 1.96 * (right.mean() * (1 - right.mean()) / len(right)) ** 0.5
-        problems = {key: float((part["problem"] == key).mean()) for key in ("truncated", "format", "failed")}
-        found[name] = {"value": right.mean(), "interval": [right.mean() - half, right.mean() + half], "parts": {}}
-        found[name] |= problems | {"n": len(right)}
+        main = {"value": float(right.mean()), "interval": [right.mean() - half, right.mean() + half]}
+        rates = {key: float((part["problem"] == key).mean()) for key in ("truncated", "format", "failed")}
+        found[name] = {"main": main, "questions": len(right), "rates": rates, "subsets": {"category": {"all": main}}}
     return found
 
 

@@ -11,7 +11,7 @@ import pytest
 from eval_folder import accuracy, questions, result, results, write_model, write_two
 
 from verl_avar.errors import ConfigError
-from verl_avar.evaluation.benchmark.deltas import by_question, delta, exact_p, mean_draws
+from verl_avar.evaluation.benchmark.deltas import by_question, delta, exact_p, mean_draws, mean_ratio, units
 from verl_avar.evaluation.benchmark.runs import protocol_differences, read_run, read_runs
 from verl_avar.evaluation.benchmark.table import AVERAGE, build
 from verl_avar.evaluation.benchmark.table_files import as_csv, latex, markdown, notes, write_table
@@ -48,12 +48,11 @@ def test_the_paired_interval_is_that_of_the_differences(table):
     assert high == pytest.approx(11 / 30 + 1.96 * error, abs=0.04)
 
 
-def test_a_failed_call_is_left_out_of_the_pairs_and_told(table):
+def test_a_failed_call_counts_as_wrong(table):
     cell = table.line("AVAR-7B").cells["mmstar"]
-    assert (cell.answered, cell.questions) == (19, 20)
-    assert (cell.delta["pairs"], cell.delta["gained"], cell.delta["lost"]) == (19, 2, 2)
+    assert (cell.value, cell.asked, cell.questions) == (10 / 20, 20, 20)
+    assert (cell.delta["pairs"], cell.delta["gained"], cell.delta["lost"]) == (20, 2, 2)
     assert cell.delta["value"] == pytest.approx(0) and cell.delta["p_holm"] == 1 and not cell.delta["clear"]
-    assert "AVAR-7B: not all questions have an answer: 19 of 20 on MMStar." in notes(table)
 
 
 def test_only_differences_beyond_chance_are_bold(table):
@@ -76,18 +75,26 @@ def test_there_is_no_average_over_fewer_than_all_benchmarks(runs, tmp_path):
     table = build([runs[0], read_run(write_model(tmp_path, "AVAR-7B", fewer, asked))], figures=accuracy)
     line = table.line("AVAR-7B")
     assert line.cells["mmstar"] is None and line.cells[AVERAGE] is None and line.missing == ["MMStar"]
-    assert "no average, for there is no result on MMStar" in markdown(table)
+    assert "AVAR-7B: no average, for these were not run, or not to their end: MMStar." in notes(table)
     assert "| – | – |" in markdown(table) and "-- & --" in latex(table)
     assert table.line("Base-7B").cells[AVERAGE] is not None and table.tests == 1
 
 
+def test_there_is_no_average_over_a_benchmark_that_was_not_run_to_its_end(tmp_path):
+    fewer = [one for one in results("Base-7B") if one["id"] != "19"]
+    table = build([read_run(write_model(tmp_path, "Base-7B", fewer))], figures=accuracy)
+    assert table.lines[0].cells["mmstar"].value == pytest.approx(10 / 19) and table.lines[0].cells[AVERAGE] is None
+    assert table.lines[0].missing == ["MathVista (29 of 30 questions)", "MMStar (19 of 20 questions)"]
+
+
 def test_the_csv_holds_every_figure_as_a_share(table):
     rows = list(csv.DictReader(io.StringIO(as_csv(table))))
-    assert len(rows) == 9 and [row["kind"] for row in rows] == ["run"] * 6 + ["published"] * 3
-    (cell,) = [row for row in rows if (row["model"], row["benchmark"]) == ("AVAR-7B", "mathvista")]
+    assert [row["kind"] for row in rows] == ["run", "part", "run", "part", "run"] * 2 + ["published"] * 3
+    assert [row["part"] for row in rows if row["kind"] == "part"] == ["category=all"] * 4
+    (cell,) = [row for row in rows if (row["model"], row["benchmark"]) == ("AVAR-7B", "mathvista") and not row["part"]]
     assert float(cell["delta"]) == pytest.approx(11 / 30) and cell["base"] == "Base-7B" and cell["clear"] == "True"
     assert float(cell["published"]) == pytest.approx(0.747) and cell["published_model"] == "AVAR-Thinker"
-    (first,) = [row for row in rows if (row["model"], row["benchmark"]) == ("Base-7B", "mathvista")]
+    (first,) = [row for row in rows if (row["model"], row["benchmark"]) == ("Base-7B", "mathvista") and not row["part"]]
     assert float(first["truncated"]) == pytest.approx(4 / 30) and first["delta"] == ""
 
 
@@ -145,32 +152,60 @@ def test_repeats_count_as_one_question():
     base = [result(question, n < 2, repeat=n) for question in asked for n in range(4)]
     own, before = pd.DataFrame(rows), pd.DataFrame(base)
     assert by_question(own).to_dict() == {"0": 0.75, "1": 0.25}
-    found = delta(own, before, accuracy)
+    found = delta(own, before)
     assert (found["pairs"], found["gained"], found["lost"], found["value"]) == (2, 1, 1, 0)
 
 
-def test_a_metric_over_groups_is_resampled_by_groups():
-    """A metric that counts a set as right when all of it is: two sets of three questions, one of them gained."""
+def hallusion_results(right) -> pd.DataFrame:
+    """Two sets of HallusionBench's kind, each of two questions on two figures; right: their eight verdicts."""
+    keys = list(itertools.product(range(2), range(2), range(2)))
+    metas = [
+        {"category": "VD", "subcategory": "map", "set_id": s, "figure_id": f, "question_id": q} for s, f, q in keys
+    ]
+    rows = [result({**questions()[0], "benchmark": "hallusionbench", "id": f"{n}", "meta": json.dumps(meta)}, one)
+            for n, (meta, one) in enumerate(zip(metas, right, strict=True))]  # fmt: skip
+    return pd.DataFrame(rows)
 
-    def sets(table: pd.DataFrame) -> dict:
-        keys = table["meta"].map(lambda meta: json.loads(meta)["set_id"])
-        whole = table["right"].astype(bool).groupby(keys).all()
-        return {"b": {"value": float(whole.mean()), "interval": None}}
 
-    asked = [question | {"meta": json.dumps({"set_id": n // 3})} for n, question in enumerate(questions()[:6])]
-    own = pd.DataFrame([result(question, n < 3) for n, question in enumerate(asked)])
-    base = pd.DataFrame([result(question, n < 2) for n, question in enumerate(asked)])
-    found = delta(own, base, sets)
-    assert found["value"] == 0.5 and (found["gained"], found["lost"]) == (1, 0)
-    # Two draws of two sets give 0, 1/2 or 1: a quarter, a half, a quarter of the time.
-    assert set(found["draws"]) == {0, 0.5, 1} and found["interval"] == [0, 1]
-    assert np.mean(found["draws"] == 0.5) == pytest.approx(0.5, abs=0.1)
+def test_hallusion_benchs_difference_is_that_of_its_three_accuracies_drawn_by_sets():
+    base = hallusion_results([True, False, True, True, False, False, False, False])
+    own = hallusion_results([True, True, True, True, False, True, False, False])
+    # aAcc 3/8 to 5/8; fAcc (all questions of a figure) 1/4 to 2/4; qAcc (a question on all figures) 1/4 to 2/4.
+    assert mean_ratio(units(base, "hallusion")) == pytest.approx((3 / 8 + 1 / 4 + 1 / 4) / 3)
+    found = delta(own, base, "hallusion")
+    assert found["value"] == pytest.approx((2 / 8 + 1 / 4 + 1 / 4) / 3) and (found["gained"], found["lost"]) == (2, 0)
+    # Of the first set alone: 1/4, 1/2, 1/2; of the second alone: 1/4, 0, 0; each is drawn alone a quarter of the time.
+    ends = (1 / 4 / 3, (1 / 4 + 1 / 2 + 1 / 2) / 3)
+    assert {round(value, 6) for value in found["draws"]} == {round(v, 6) for v in (*ends, found["value"])}
+    assert np.mean(np.isclose(found["draws"], ends[0])) == pytest.approx(0.25, abs=0.05)
+
+
+def test_mmmu_pros_difference_weighs_its_two_parts_alike():
+    metas = [json.dumps({"part": "standard" if n < 6 else "vision"}) for n in range(8)]
+    own, base = (
+        pd.DataFrame(
+            [result({**questions()[n], "id": f"{n}", "meta": meta}, n in right) for n, meta in enumerate(metas)]
+        )
+        for right in ({0, 1, 2, 6}, {0})
+    )
+    found = delta(own, base, "mmmu_pro")
+    assert found["value"] == pytest.approx((2 / 6 + 1 / 2) / 2) and found["pairs"] == 8
+    with pytest.raises(ValueError, match="no metric bleu"):
+        delta(own, base, "bleu")
+
+
+def test_differences_are_those_of_the_benchmarks_metrics():
+    metrics = pytest.importorskip("verl_avar.evaluation.benchmark.metrics")
+    rng = np.random.default_rng(0)
+    own, base = (hallusion_results(list(map(bool, rng.integers(2, size=8)))) for _ in range(2))
+    new, old = (metrics.figures(one)["hallusionbench"]["main"]["value"] for one in (own, base))
+    assert delta(own, base, "hallusion")["value"] == pytest.approx(new - old)
 
 
 def test_the_bootstrap_of_a_mean_is_that_of_all_resamples():
     values = np.array([0.0, 1.0, 1.0])
     exact = [np.mean(drawn) for drawn in itertools.product(values, repeat=3)]
-    drawn = mean_draws(values, 20000, np.random.default_rng(0))
+    drawn = mean_draws(values, 20000, 0)
     for mean in (0, 1 / 3, 2 / 3, 1):
         assert np.isclose(drawn, mean).mean() == pytest.approx(np.isclose(exact, mean).mean(), abs=0.01)
     assert exact_p(0, 0) == 1 and exact_p(5, 0) == pytest.approx(0.0625)

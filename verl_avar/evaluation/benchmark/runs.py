@@ -35,6 +35,11 @@ class Run:
         """The suite's benchmarks in their order, as a reader sees them."""
         return {name: about.get("title") or name for name, about in self.summary["benchmarks"].items()}
 
+    @property
+    def metrics(self) -> dict[str, str]:
+        """The suite's benchmarks with the names of their metrics."""
+        return {name: about.get("metric") or "accuracy" for name, about in self.summary["benchmarks"].items()}
+
     def of(self, condition: str = PLAIN) -> pd.DataFrame:
         """The results under one condition."""
         return self.results[self.results["condition"] == condition]

@@ -3,18 +3,25 @@ as such, to published figures."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from verl_avar.errors import ConfigError
-from verl_avar.evaluation.benchmark.deltas import RESAMPLES, Figures, delta, is_clear, percentiles
+from verl_avar.evaluation.benchmark.deltas import RESAMPLES, delta, is_clear, percentiles
 from verl_avar.evaluation.benchmark.published import TITLES, Row, published_rows
 from verl_avar.evaluation.benchmark.runs import Run, all_titles
 from verl_avar.evaluation.paired import holm
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 AVERAGE = "avg"
+# metrics.figures: (results, metrics by benchmark) -> {benchmark: {"main": {"value", "interval"} or None, "questions",
+# "rates", "failed", …}}
+Figures = Callable[["pd.DataFrame", Mapping[str, str]], Mapping[str, Mapping]]
 
 
 @dataclass
@@ -23,12 +30,12 @@ class Cell:
 
     interval: [low, high] at 95 %, or None. delta: to the base, as deltas.delta gives it with `p_holm` and `clear`
     (neither p nor p_holm for the average); None for the base itself. published: {"model", "value", "delta"}.
-    answered, questions: how many of the benchmark's questions have an answer.
+    asked, questions: how many of the benchmark's questions there are results of. figures: all that the metric says.
     """
 
     value: float
     interval: list[float] | None
-    answered: int
+    asked: int
     questions: int
     delta: dict | None = None
     published: dict | None = None
@@ -37,7 +44,8 @@ class Cell:
 
 @dataclass
 class Line:
-    """A model's cells by benchmark, with AVERAGE where it is over all; None: not run. missing: titles of those."""
+    """A model's cells by benchmark, with AVERAGE where it is over all; None: not run. missing: titles of those,
+    and of benchmarks that were not run to their end."""
 
     name: str
     cells: dict[str, Cell | None]
@@ -81,9 +89,9 @@ def build(
     for run, line in zip(runs[1:], lines[1:], strict=True):
         for number, name in enumerate(titles):
             if line.cells[name] is not None and lines[0].cells[name] is not None:
-                pair = [one.of()[one.of()["benchmark"] == name] for one in (run, runs[0])]
+                pair = [(plain := one.of())[plain["benchmark"] == name] for one in (run, runs[0])]
                 # Benchmarks are drawn independently of each other, for the interval of their average.
-                line.cells[name].delta = found = delta(*pair, figures, resamples, seed + number)
+                line.cells[name].delta = found = delta(*pair, run.metrics[name], resamples, seed + number)
                 if found["pairs"]:
                     tested.append(found)
     for found, p in zip(tested, holm([found["p"] for found in tested]), strict=True):
@@ -107,22 +115,24 @@ def base_first(runs: Sequence[Run], base: str | None) -> list[Run]:
 
 def _line(run: Run, titles: Mapping[str, str], figures: Figures) -> Line:
     plain = run.of()
-    found = figures(plain) if len(plain) else {}
-    answered = plain[plain["right"].notna()].groupby("benchmark")["id"].nunique()
+    found = figures(plain, run.metrics) if len(plain) else {}
     cells: dict[str, Cell | None] = {}
-    for name in titles:
-        one = found.get(name)
-        if one is None or one["value"] is None:
+    missing = []
+    for name, title in titles.items():
+        one = found.get(name) if name in run.summary["benchmarks"] else None
+        if one is None or one["main"] is None:
             cells[name] = None
+            missing.append(title)
             continue
-        about = run.summary["benchmarks"].get(name, {})
-        counted = int(answered.get(name, 0))
-        cells[name] = Cell(one["value"], one["interval"], counted, about.get("questions") or counted, figures=one)
-    return Line(run.name, cells, [titles[name] for name, cell in cells.items() if cell is None])
+        wanted = run.summary["benchmarks"][name].get("questions") or one["questions"]
+        cells[name] = Cell(one["main"]["value"], one["main"]["interval"], one["questions"], wanted, figures=one)
+        if one["questions"] < wanted:
+            missing.append(f"{title} ({one['questions']} of {wanted} questions)")
+    return Line(run.name, cells, missing)
 
 
 def _average(line: Line, names: Sequence[str]) -> Cell | None:
-    """Over all benchmarks, none of them missing; its interval takes them for independent."""
+    """Over all benchmarks, each of them whole; its interval takes them for independent."""
     cells = [line.cells[name] for name in names]
     if line.missing or not cells:
         return None
@@ -132,7 +142,7 @@ def _average(line: Line, names: Sequence[str]) -> Cell | None:
         halves = np.array([[cell.value - cell.interval[0], cell.interval[1] - cell.value] for cell in cells])
         below, above = np.sqrt((halves**2).sum(axis=0)) / len(cells)
         interval = [value - float(below), value + float(above)]
-    average = Cell(value, interval, sum(c.answered for c in cells), sum(c.questions for c in cells))
+    average = Cell(value, interval, sum(c.asked for c in cells), sum(c.questions for c in cells))
     deltas = [cell.delta for cell in cells]
     if all(found is not None and found["pairs"] for found in deltas):
         length = min(len(found["draws"]) for found in deltas)
@@ -144,10 +154,8 @@ def _average(line: Line, names: Sequence[str]) -> Cell | None:
             "interval": bounds,
             "gained": sum(found["gained"] for found in deltas),
             "lost": sum(found["lost"] for found in deltas),
-            "p": 0.0,
         }
         average.delta["clear"] = is_clear(average.delta)
-        del average.delta["p"]
     return average
 
 

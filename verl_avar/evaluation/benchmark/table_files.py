@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from verl_avar.evaluation.benchmark.table import AVERAGE, Cell, Table, published_value
+from verl_avar.evaluation.benchmark.table import Cell, Table, published_value
 
 LATEX = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
          "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "–": "--"}  # fmt: skip
-FIELDS = ("kind", "model", "benchmark", "title", "value", "low", "high", "answered", "questions", "truncated", "format",
-          "failed", "base", "pairs", "delta", "delta_low", "delta_high", "gained", "lost", "p", "p_holm", "clear",
+FIELDS = ("kind", "model", "benchmark", "title", "part", "value", "low", "high", "asked", "questions", "truncated",
+          "format", "failed", "base", "pairs", "delta", "delta_low", "delta_high", "gained", "lost", "p", "p_holm", "clear",
           "published_model", "published", "delta_published")  # fmt: skip
 
 
@@ -42,18 +42,15 @@ def notes(table: Table) -> list[str]:
     if table.tests:
         lines.append(
             f"Signed: points over the re-run {table.base} on the same questions, with the paired bootstrap's interval; "
-            f"p of the exact McNemar test, corrected (Holm) for the table's {table.tests} tests. Bold: beyond chance by "
-            "both; the average by its interval alone."
+            f"p of the exact McNemar test, corrected (Holm) for the table's {table.tests} tests. Bold: beyond chance "
+            "by both; the average by its interval alone."
         )
     if table.published:
         lines.append("†: published, other protocol; differences to it mix the model's and the protocol's.")
     for line in table.lines:
         if line.missing:
-            lines.append(f"{line.name}: no average, for there is no result on {', '.join(line.missing)}.")
-        partial = [f"{cell.answered} of {cell.questions} on {table.titles[name]}" for name, cell in line.cells.items()
-                   if cell is not None and name != AVERAGE and cell.answered < cell.questions]  # fmt: skip
-        if partial:
-            lines.append(f"{line.name}: not all questions have an answer: {', '.join(partial)}.")
+            lines.append(f"{line.name}: no average, for these were not run, or not to their end: "
+                         f"{', '.join(line.missing)}.")  # fmt: skip
     return lines
 
 
@@ -124,32 +121,55 @@ def latex(table: Table) -> str:
 
 
 def as_csv(table: Table) -> str:
-    """A line per model and benchmark with all there is; figures as shares. kind: run, or published (other protocol)."""
+    """A line per model and benchmark with all there is; figures as shares.
+
+    kind: run; part, of a run's figure (its components, and subsets of its questions); published, other protocol.
+    """
     out = io.StringIO()
     writer = csv.DictWriter(out, FIELDS, lineterminator="\n")
     writer.writeheader()
     for line in table.lines:
         for name, title in table.titles.items():
-            cell = line.cells[name]
             about = {"kind": "run", "model": line.name, "benchmark": name, "title": title}
-            if cell is not None:
-                low, high = cell.interval or (None, None)
-                about |= {"value": cell.value, "low": low, "high": high, "answered": cell.answered}
-                about |= {"questions": cell.questions}
-                about |= {key: cell.figures[key] for key in ("truncated", "format", "failed") if key in cell.figures}
-                if cell.delta and cell.delta["pairs"]:
-                    low, high = cell.delta["interval"] or (None, None)
-                    about |= {key: cell.delta.get(key) for key in ("pairs", "gained", "lost", "p", "p_holm", "clear")}
-                    about |= {"base": table.base, "delta": cell.delta["value"], "delta_low": low, "delta_high": high}
-                if cell.published:
-                    about |= {"published_model": cell.published["model"], "published": cell.published["value"]}
-                    about |= {"delta_published": cell.published["delta"]}
-            writer.writerow(about)
+            cell = line.cells[name]
+            writer.writerow(about | (_cell_fields(cell, table.base) if cell is not None else {}))
+            for part, figure in _parts(cell.figures if cell is not None else {}):
+                writer.writerow(
+                    about | {"kind": "part", "part": part} | _value_fields(figure["value"], figure["interval"])
+                )
     for row in table.published:
         for name, title in table.titles.items():
             about = {"kind": "published", "model": row.model, "benchmark": name, "title": title}
             writer.writerow(about | {"value": published_value(row, name)})
     return out.getvalue()
+
+
+def _value_fields(value: float, interval: Sequence[float] | None, prefix: str = "") -> dict:
+    low, high = interval or (None, None)
+    return {prefix or "value": value, f"{prefix}{'_' * bool(prefix)}low": low,
+            f"{prefix}{'_' * bool(prefix)}high": high}  # fmt: skip
+
+
+def _cell_fields(cell: Cell, base: str) -> dict:
+    found = _value_fields(cell.value, cell.interval) | {"asked": cell.asked, "questions": cell.questions}
+    found |= {name: cell.figures.get("rates", {}).get(name) for name in ("truncated", "format", "failed")}
+    if cell.delta and cell.delta["pairs"]:
+        found |= {name: cell.delta.get(name) for name in ("pairs", "gained", "lost", "p", "p_holm", "clear")}
+        found |= {"base": base} | _value_fields(cell.delta["value"], cell.delta["interval"], "delta")
+    if cell.published:
+        found |= {"published_model": cell.published["model"], "published": cell.published["value"]}
+        found |= {"delta_published": cell.published["delta"]}
+    return found
+
+
+def _parts(figures: Mapping) -> Iterator[tuple[str, Mapping]]:
+    """The components of a benchmark's figure by name, and its subsets as KEY=VALUE."""
+    for name, figure in figures.items():
+        if name != "main" and isinstance(figure, Mapping) and "interval" in figure:
+            yield name, figure
+    for key, values in figures.get("subsets", {}).items():
+        for value, figure in values.items():
+            yield f"{key}={value}", figure
 
 
 def p_text(p: float) -> str:
