@@ -105,7 +105,7 @@ def results(name: str) -> list[dict]:
     return made
 
 
-def write_model(out: Path, name: str, answers: list[dict] | None = None, asked=None, **changes) -> Path:
+def write_model(out: Path, name: str, /, answers: list[dict] | None = None, asked=None, **changes) -> Path:
     """Writes a model's folder below `out`; returns it. changes: of its summary."""
     folder = Path(out) / name
     folder.mkdir(parents=True)

@@ -79,11 +79,11 @@ def vas_benchmarks(runs: Sequence[Run], table: Table) -> Figure | None:
             labelled.add(index)
             axes.plot(x, y, mark, color=colour, markersize=7, label=label, zorder=2)
     ends = sorted((max(found)[1], max(found)[0], name) for name, found in points.items())
-    apart = 0.045 * (max(y for y, *_ in ends) - min(y for found in points.values() for _, y, _ in found))
+    apart = 0.055 * (max(y for y, *_ in ends) - min(y for found in points.values() for _, y, _ in found))
     place = -np.inf
     for y, x, name in ends:  # names of points that are near each other stand one above the other
         place = max(y, place + apart)
-        axes.annotate(literal(table.titles[name]), (x, y), (x, place), va="center", fontsize=TEXT - 2)
+        axes.annotate("   " + literal(table.titles[name]), (x, y), (x, place), va="center", fontsize=TEXT - 2)
     axes.margins(x=0.2, y=0.08)
     axes.set_xlabel("VAS of the responses, mean", fontsize=TEXT)
     axes.set_ylabel("figure of the benchmark, %", fontsize=TEXT)

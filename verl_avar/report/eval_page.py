@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +12,7 @@ from verl_avar.evaluation.benchmark.runs import Run
 from verl_avar.evaluation.benchmark.table import Cell, base_first, build, published_value
 from verl_avar.evaluation.benchmark.table_files import between, notes, p_text, points, write_table
 from verl_avar.report.eval_verdicts import verdicts
+from verl_avar.report.sample_pages import scripted
 
 if TYPE_CHECKING:
     from verl_avar.evaluation.benchmark.table import Figures
@@ -54,8 +53,6 @@ def render_eval(
 
     Arguments as of `table.build`, whose ConfigError it raises before anything is written.
     """
-    from markupsafe import Markup
-
     from verl_avar.report import eval_figures
     from verl_avar.report.pages import save_figures, write_page
 
@@ -82,8 +79,7 @@ def render_eval(
         problems=[line for run in runs for line in _problems(run)],
         problem_names=[name.replace("_", " ") for name in PROBLEMS],
         settings=[(run.name, _settings(run)) for run in runs],
-        script=Markup(SCRIPT),
-        script_hash=base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode(),
+        **scripted(SCRIPT),
     )  # fmt: skip
 
 

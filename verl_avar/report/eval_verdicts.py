@@ -9,6 +9,7 @@ from verl_avar.evaluation.benchmark import diagnostics
 from verl_avar.evaluation.benchmark.published import TITLES
 from verl_avar.evaluation.benchmark.runs import Run, protocol_differences
 from verl_avar.evaluation.benchmark.table import AVERAGE, Line, Table
+from verl_avar.evaluation.benchmark.table_files import p_text, points
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,11 +37,6 @@ def verdicts(runs: Sequence[Run], table: Table, guesses: Mapping[str, float] | N
     image += [line for run in ordered for line in _vas(run)]
     seen = gains if len(table.lines) > 1 else _alone(table)
     return {"What was seen": seen, "To be read with care": care, "Does it use the image?": image}
-
-
-def points(share: float) -> str:
-    text = f"{100 * share:.1f}"
-    return "0.0" if text == "-0.0" else text.replace("-", "−")
 
 
 def _range(bounds: Sequence[float] | None) -> str:
@@ -80,14 +76,18 @@ def _gains(line: Line, table: Table) -> list[str]:
         most = max(rest, key=lambda name: abs(rest[name]["value"]))
         titles = ", ".join(table.titles[name] for name in rest)
         largest = f"the largest, {table.titles[most]}: " if len(rest) > 1 else ""
-        signed = f"{100 * rest[most]['value']:+.1f}".replace("-", "−")
-        lines.append(f"{line.name}: no difference beyond chance on {titles} ({largest}{signed} points"
-                     f"{_range(rest[most]['interval']).replace(' (', ', ').rstrip(')')}).")  # fmt: skip
+        signed = points(rest[most]["value"], True)
+        bounds = rest[most]["interval"]
+        ends = "" if bounds is None else f", 95 %: {points(bounds[0])} to {points(bounds[1])}"
+        lines.append(
+            f"{line.name}: no difference beyond chance on {titles} ({largest}{signed} points{ends}, "
+            f"p {p_text(rest[most]['p_holm'])} corrected)."
+        )
     return lines
 
 
 def _said(delta: dict) -> str:
-    signed = f"{100 * delta['value']:+.1f}".replace("-", "−")
+    signed = points(delta["value"], True)
     ends = _range(delta["interval"])
     return f"{signed} points{ends}" + ("" if delta["clear"] else ", not beyond chance")
 
@@ -104,7 +104,7 @@ def _published(line: Line, table: Table) -> list[str]:
     if not compared:
         return []
     name, most = max(compared.items(), key=lambda item: abs(item[1]["delta"]))
-    signed = f"{100 * most['delta']:+.1f}".replace("-", "−")
+    signed = points(most["delta"], True)
     return [f"{line.name} is up to {signed} points from the published {most['model']} ({table.titles[name]}: "
             f"{points(line.cells[name].value)} here, {points(most['value'])} published). Protocols differ: only "
             "differences within this report tell what a method does."]  # fmt: skip
@@ -155,7 +155,7 @@ def _bias(run: Run) -> list[str]:
     if not points_:
         return []
     beta, best = max(points_, key=lambda point: point[1]["difference"])
-    signed = f"{100 * best['difference']:+.1f}".replace("-", "−")
+    signed = points(best["difference"], True)
     chosen = f" (the best of {len(points_)} values, chosen on these questions)" if len(points_) > 1 else ""
     bounds = best["interval"]
     chance = "" if bounds is not None and (bounds[0] > 0 or bounds[1] < 0) else ", not beyond chance"

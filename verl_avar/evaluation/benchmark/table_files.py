@@ -12,8 +12,8 @@ from verl_avar.evaluation.benchmark.table import Cell, Table, published_value
 LATEX = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
          "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "–": "--"}  # fmt: skip
 FIELDS = ("kind", "model", "benchmark", "title", "part", "value", "low", "high", "asked", "questions", "truncated",
-          "format", "failed", "base", "pairs", "delta", "delta_low", "delta_high", "gained", "lost", "p", "p_holm", "clear",
-          "published_model", "published", "delta_published")  # fmt: skip
+          "format", "failed", "base", "pairs", "delta", "delta_low", "delta_high", "gained", "lost", "p", "p_holm",
+          "clear", "published_model", "published", "delta_published")  # fmt: skip
 
 
 def write_table(table: Table, folder: Path) -> list[Path]:
