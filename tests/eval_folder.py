@@ -89,7 +89,7 @@ def result(question: dict, right: bool | None, condition: str = PLAIN, **changes
 def results(name: str) -> list[dict]:
     made = []
     base = name == "Base-7B"
-    conditions = {PLAIN: RIGHT[name]}
+    conditions = {PLAIN: RIGHT.get(name, RIGHT["AVAR-7B"])}
     if base:
         conditions |= {"no_image": BLIND, "visual_bias=0.14": BIASED}
     for condition, right in conditions.items():

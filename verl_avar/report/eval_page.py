@@ -104,7 +104,8 @@ def _shown(cell: Cell | None) -> dict:
 
 def _controls(run: Run) -> list[dict]:
     """A line per benchmark and one for all: right answers plain and under each control."""
-    found = {name: diagnostics.beside_plain(run, name) for name in diagnostics.controls_of(run)}
+    # Its intervals are not shown.
+    found = {name: diagnostics.beside_plain(run, name, resamples=1) for name in diagnostics.controls_of(run)}
     lines = []
     for name, title in [*run.titles.items(), (diagnostics.ALL, "all questions")]:
         known = [one[name] for one in found.values() if name in one]
