@@ -24,7 +24,7 @@ TITLES = {
     "mathvista": "MathVista",
     "mathvision": "MathVision",
     "mathverse_vo": "MathVerse-VO",
-    "mmmu": "MMMU val",
+    "mmmu_val": "MMMU val",
     "mmmu_pro": "MMMU-Pro",
     "mmstar": "MMStar",
     "hallusionbench": "HallusionBench",
