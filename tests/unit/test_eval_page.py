@@ -130,6 +130,17 @@ def test_only_differences_beyond_chance_stand_out_on_the_page(out):
     assert "published,<br>other protocol" in html and "74.7" in html
 
 
+def test_what_a_figure_is_made_of_is_told(tmp_path):
+    def of_parts(results, metrics):
+        part = {"value": 0.25, "interval": None}
+        return {name: one | {"aAcc": part, "fAcc": part} for name, one in accuracy(results, metrics).items()}
+
+    run = read_run(write_model(tmp_path, "Base-7B"))
+    html = render_eval([run], tmp_path / "report", figures=of_parts).read_text(encoding="utf-8")
+    assert "What the figures of MathVista and MMStar are made of" in html
+    assert html.count('fAcc <span class="number">25.0</span>') == 2
+
+
 def test_figures_are_left_out_where_nothing_was_measured(tmp_path):
     bare = [one | {"vas": None, "attention_tokens": None} for one in results("AVAR-7B")]
     render_eval([read_run(write_model(tmp_path, "AVAR-7B", bare))], tmp_path / "report", figures=accuracy)

@@ -202,6 +202,14 @@ def test_differences_are_those_of_the_benchmarks_metrics():
     assert delta(own, base, "hallusion")["value"] == pytest.approx(new - old)
 
 
+def test_the_table_takes_the_benchmarks_own_metrics_by_default(runs, table):
+    pytest.importorskip("verl_avar.evaluation.benchmark.metrics")
+    own = build(runs)
+    for line, stand_in in zip(own.lines, table.lines, strict=True):
+        assert [cell.value for cell in line.cells.values()] == [c.value for c in stand_in.cells.values()]
+    assert own.line("AVAR-7B").cells["mmstar"].figures["failed"] == 1
+
+
 def test_the_bootstrap_of_a_mean_is_that_of_all_resamples():
     values = np.array([0.0, 1.0, 1.0])
     exact = [np.mean(drawn) for drawn in itertools.product(values, repeat=3)]

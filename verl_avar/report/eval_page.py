@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from verl_avar.evaluation.benchmark import diagnostics
 from verl_avar.evaluation.benchmark.runs import Run
 from verl_avar.evaluation.benchmark.table import Cell, base_first, build, published_value
-from verl_avar.evaluation.benchmark.table_files import between, notes, p_text, points, write_table
+from verl_avar.evaluation.benchmark.table_files import between, components, notes, p_text, points, write_table
 from verl_avar.report.eval_verdicts import verdicts
 from verl_avar.report.sample_pages import scripted
 
@@ -74,6 +74,8 @@ def render_eval(
         names=[line.name for line in table.lines],
         published=[(row.model, [_plain(published_value(row, name)) for name in table.titles])
                    for row in table.published],
+        parts=[(line.name, table.titles[name], parts) for line in table.lines for name, cell in line.cells.items()
+               if cell is not None and len(parts := _components(cell)) > 1],
         figures=embedded,
         controls=[line for run in runs for line in _controls(run)],
         problems=[line for run in runs for line in _problems(run)],
@@ -100,6 +102,11 @@ def _shown(cell: Cell | None) -> dict:
     if cell.published:
         shown["published"] = f"{points(cell.published['delta'], True)} to published†"
     return shown
+
+
+def _components(cell: Cell) -> list[tuple[str, str, str]]:
+    """(name, figure, interval) of what a figure is made of."""
+    return [(name, points(one["value"]), between(one["interval"])) for name, one in components(cell.figures)]
 
 
 def _controls(run: Run) -> list[dict]:

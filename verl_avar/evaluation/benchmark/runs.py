@@ -23,7 +23,10 @@ PROTOCOL = ("suite", "protocol", "harness", "sampling", "seed", "repeats", "scor
 
 @dataclass(frozen=True)
 class Run:
-    """One model folder: its summary, and results (schema.RESULTS as a table, without prompts and responses)."""
+    """One model folder: its summary, and results (schema.RESULTS as a table, without prompts).
+
+    Of `response` only whether there is one is kept: "" or None.
+    """
 
     folder: Path
     name: str
@@ -63,7 +66,9 @@ def read_run(folder: Path | str) -> Run:
         raise ConfigError(f"{folder / 'summary.json'} lacks {', '.join(sorted(absent))}: not of avar eval")
     if absent := set(COLUMNS) - set(table.column_names):
         raise ConfigError(f"{folder / 'results.parquet'} lacks {', '.join(sorted(absent))}: of another version")
-    return Run(folder, " ".join(str(summary["name"]).split()), summary, table.to_pandas())
+    results = table.to_pandas()
+    results["response"] = results["right"].map(lambda right: None if right is None else "")  # null as `right` is
+    return Run(folder, " ".join(str(summary["name"]).split()), summary, results)
 
 
 def read_runs(folders: Sequence[Path | str]) -> list[Run]:

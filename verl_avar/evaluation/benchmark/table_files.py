@@ -162,11 +162,15 @@ def _cell_fields(cell: Cell, base: str) -> dict:
     return found
 
 
+def components(figures: Mapping) -> list[tuple[str, Mapping]]:
+    """What a benchmark's main figure is made of, by name: accuracy; aAcc, fAcc, qAcc; standard, vision."""
+    return [(name, figure) for name, figure in figures.items()
+            if name != "main" and isinstance(figure, Mapping) and "interval" in figure]  # fmt: skip
+
+
 def _parts(figures: Mapping) -> Iterator[tuple[str, Mapping]]:
     """The components of a benchmark's figure by name, and its subsets as KEY=VALUE."""
-    for name, figure in figures.items():
-        if name != "main" and isinstance(figure, Mapping) and "interval" in figure:
-            yield name, figure
+    yield from components(figures)
     for key, values in figures.get("subsets", {}).items():
         for value, figure in values.items():
             yield f"{key}={value}", figure
