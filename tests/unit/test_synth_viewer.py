@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 from synthesis_folder import EXPLAIN, HOSTILE, folder_rows, many_rows, write_folder
 
+from verl_avar.report.sample_pages import LONGEST
 from verl_avar.synthesis.samples import choose, divided, marks, shares
-from verl_avar.synthesis.viewer import LONGEST, write_viewer
+from verl_avar.synthesis.viewer import write_viewer
 
 
 class Page(HTMLParser):
