@@ -50,7 +50,7 @@ QUESTIONS = {
     "surd": _question("mathverse", "Find AC.", "2\\sqrt{3}", "latex"),
     "metre": _question("mathverse", "How far is it?", "50 cm", "number"),
     "percent": _question("mathvision", "Which percentage?", "30%", "number"),
-    "open": _question("mmmu", "Name the style.", "Art Nouveau", "text", answers=["Jugendstil"]),
+    "open": _question("mmmu", "Name the style.", "Art Nouveau", "text", also_right=["Jugendstil"]),
     "rate": _question("mmmu", "Find the current in A.", "3.43", "number", precision=2),
     "yes": _question("hallusionbench", "Are the two lines equally long?", "Yes", "yes_no", set_id="0"),
     "no": _question("hallusionbench", "Is there a sign in the picture?", "No", "yes_no", set_id="1"),

@@ -134,6 +134,6 @@ def test_hallusionbench_writes_its_answers_as_digits():
 
 
 def test_further_right_answers_stand_in_meta():
-    question = QUESTIONS["open"] | {"meta": json.dumps({"answers": ["liberty style"]})}
+    question = QUESTIONS["open"] | {"meta": json.dumps({"also_right": ["liberty style"]})}
     assert score(question, "<answer>Liberty style.</answer>", "stop").right
     assert not score(question, "<answer>Jugendstil</answer>", "stop").right

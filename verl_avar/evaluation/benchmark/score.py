@@ -74,11 +74,11 @@ def _part(text: str, tagged: bool) -> Part:
 
 
 def score(question: Mapping[str, Any], response: str | None, finish: str, tagged: bool = True) -> Score:
-    """The score of a response to a question (schema.QUESTIONS; of `meta`: precision, unit, answers).
+    """The score of a response to a question (schema.QUESTIONS; of `meta`: precision, unit, also_right).
 
     finish: the API's finish_reason. tagged: whether the protocol asks for <answer>; a response without one is then a
     `format` problem, and judged by what it says. meta: `precision`, decimals that a number counts to; `unit`, of the
-    right answer; `answers`, further right ones.
+    right answer; `also_right`, further right ones.
     """
     if response is None:
         return Score(None, None, "failed")
@@ -96,7 +96,7 @@ def score(question: Mapping[str, Any], response: str | None, finish: str, tagged
     others = {text for text, _ in read[:-1] if text is not None}
     if any(not _right(question, text, extracted, meta) for text in others):
         problem = "several_answers"
-    truths = [question["answer"], *meta.get("answers", ())]
+    truths = [question["answer"], *meta.get("also_right", ())]
     right = any(_right(question, extracted, truth, meta) for truth in truths)
     return Score(extracted, right, problem or ("format" if tagged and not part.tagged else None))
 
@@ -137,7 +137,7 @@ def _formula(text: str) -> str:
 
 def _right(question: Mapping[str, Any], answer: str, truth: str, meta: Mapping[str, Any]) -> bool:
     kind, precision = _kind(question), meta.get("precision")
-    precision = None if precision is None else int(precision)
+    precision = None if precision in (None, "") else int(float(precision))
     if kind == "choice":
         return answer == plain(truth).strip("()").upper()
     if kind == "yes_no":
