@@ -118,6 +118,7 @@ setup(
             "report/*.html",
             "report/*.md",
             "evaluation/published/*.csv",
+            "evaluation/benchmark/*.jinja",
             "synthesis/prompts/*.jinja",
         ]
     },
