@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parents[1]))
-from eval_predictions import PREDICTIONS, QUESTIONS
+from eval_predictions import LIMITS, PREDICTIONS, QUESTIONS, SECOND
 
 from verl_avar.evaluation.benchmark.choices import read_choice
 from verl_avar.evaluation.benchmark.score import Score, answer_part, score
@@ -18,6 +18,17 @@ from verl_avar.evaluation.benchmark.values import read_value, read_yes_no, same_
 def test_the_verdict_is_the_one_by_hand(prediction):
     found = score(QUESTIONS[prediction.question], prediction.response, prediction.finish)
     assert (found.right, found.problem) == (prediction.right, prediction.problem), found
+
+
+@pytest.mark.parametrize("prediction", SECOND, ids=lambda p: f"{p.question}-{p.response[-30:-9]}")
+def test_the_second_sets_verdict_is_the_one_by_hand(prediction):
+    found = score(QUESTIONS[prediction.question], prediction.response, prediction.finish)
+    assert found.right is prediction.right, found
+
+
+@pytest.mark.parametrize("prediction", LIMITS, ids=lambda p: p.response[-20:-9])
+def test_what_is_known_not_to_be_read_is_wrong_and_not_guessed(prediction):
+    assert score(QUESTIONS[prediction.question], prediction.response, prediction.finish).right is False
 
 
 def test_the_set_is_large_and_has_both_verdicts_of_every_benchmark():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from verl_avar.evaluation.benchmark.values import same_value
 from verl_avar.evaluation.scoring import plain, read_number, same_answer
 
 LETTERS = "ABCDEFGHIJ"
@@ -13,7 +14,7 @@ _LED = (
     r"(?:(?:the\s+)?(?:correct\s+|final\s+|best\s+)*(?:option|choice|answer|letter)(?:\s+is)?\s*:?\s*"
     r"|[故应所以因此则,\s]*(?:正确)?(?:答案|选项|选择|选)(?:应该|应)?(?:是|为|选)?\s*:?\s*)?"
 )
-_WHOLE = re.compile(_LED + r"[(\[【{]?([A-J])[)\]】}]?[.:]?\s*(?:选项|option)?", re.IGNORECASE)
+_WHOLE = re.compile(_LED + r"[(\[【{<]?([A-J])[)\]】}>]?[.:]?\s*(?:选项|option)?", re.IGNORECASE)
 _LEADING = re.compile(
     _LED + r"(?:[(\[【{]([A-J])[)\]】}][.:]?|([A-J])(?:[):.](?!\d)|,|\s+[-–—]|(?=\s*(?i:because|since|因为)))"
     r"|([B-HJ])\s+(?![-=<>+*/^≈]))\s*(.*)"
@@ -43,7 +44,7 @@ def read_choice(text: str, choices: Sequence[str]) -> tuple[str | None, str | No
 
     A letter with another option's text counts as the letter, with the problem contradiction.
     """
-    text = plain(text).replace("*", "").replace("。", ". ").replace("、", ",").strip()
+    text = plain(text).replace("**", "").replace("。", ". ").replace("、", ",").strip()
     if whole := _WHOLE.fullmatch(text):
         return whole[1].upper(), None
     if letter := _same(text, choices):
@@ -88,9 +89,8 @@ def _same(text: str, choices: Sequence[str]) -> str | None:
     found = [n for n, choice in enumerate(choices) if _bare(text) == _bare(choice)]
     if not found and not re.fullmatch(r"[(\[]?[A-J][)\]]?[.:]?", text):
         found = [n for n, choice in enumerate(choices) if same_answer(text, choice)]
-    if not found and (number := read_number(text)) and not number[1]:
-        values = [read_number(plain(choice)) for choice in choices]
-        found = [n for n, value in enumerate(values) if value and value[0] == number[0]]
+    if not found and read_number(text):
+        found = [n for n, choice in enumerate(choices) if read_number(plain(choice)) and same_value(text, choice)]
     return chr(ord("A") + found[0]) if len(found) == 1 else None
 
 

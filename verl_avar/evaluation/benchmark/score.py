@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from verl_avar.evaluation.benchmark.choices import read_choice
-from verl_avar.evaluation.benchmark.values import is_list, read_value, read_yes_no, same_list, same_value, same_yes_no
+from verl_avar.evaluation.benchmark.values import (
+    is_list,
+    read_value,
+    read_yes_no,
+    same_list,
+    same_value,
+    same_yes_no,
+    without_unit,
+)
 from verl_avar.evaluation.scoring import SAYS, all_boxed, plain, same_answer
 
 # Problems that say nothing was read, and that something was, but not as it should be.
@@ -144,10 +152,14 @@ def _right(question: Mapping[str, Any], answer: str, truth: str, meta: Mapping[s
         return same_yes_no(answer, truth)
     if is_list(truth) and kind in ("number", "text"):
         return same_list(answer, truth, precision)
+    given = [answer]
+    stated = re.split(r"=|≈|\b(?:is|equals)\b|等于|是|为", answer)
+    if len(stated) == 2 and "=" not in truth and not re.search(r"\b(?:and|or|not)\b|,|或", answer):
+        given.append(stated[1])  # "AC = 5", "the style is Art Nouveau"
     if kind == "text":
-        return same_answer(answer, truth) or _spelt(answer) == _spelt(truth)
-    named = re.fullmatch(r"[A-Za-z∠△\\ ]{1,12}[=≈](.+)", answer, re.DOTALL)  # "AC = 5"
-    given = [answer, named[1]] if named else [answer]
+        given.append(re.sub(r"\s*\([^()]*\)\W*$", "", answer))  # "Art Nouveau (Jugendstil)"
+        return any(same_answer(text, truth) or _spelt(text) == _spelt(truth) for text in given)
+    given += [without_unit(text) for text in given]
     return any(same_value(text, truth, precision, meta.get("unit")) for text in given)
 
 

@@ -9,12 +9,13 @@ from verl_avar.evaluation.scoring import plain, read_number, same_answer
 
 _WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 _NUMBERS = re.compile(
-    r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?(?:\s*/\s*\d+)?(?:\s*%)?|(?<![\w.])-?\.\d+"
+    r"(?<![A-Za-z0-9_.])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?(?:\s*/\s*\d+)?(?:\s*%)?|(?<![A-Za-z0-9_.])-?\.\d+"
 )
 _SO = re.compile(
     r"=|≈|\\approx|\b(?:so|thus|hence|therefore|approximately|about|is|are|equals|totals?)\b"
     r"|因此|所以|约为?|等于|是|为|共?有|共"
 )
+_BETWEEN = re.compile(r",\s+|,(?!\d{3}\b)|\b(?:and|to)\b|;|和|、|(?<=\d)\s*[-–]\s*(?=\d)")
 _LIST = re.compile(r"\[.*\]", re.DOTALL)
 # Size in the dimension's first unit.
 _UNITS = {
@@ -63,7 +64,9 @@ def read_value(text: str) -> tuple[str | None, str | None]:
 
 def _undressed(text: str) -> str:
     """A number without currency before it, and without Chinese counters after it that are no known unit."""
-    text = re.sub(r"^(?:US\s*)?[€£¥$]\s*(?=[-\d.])", "", plain(text).replace("*", "").rstrip("。.").strip())
+    text = re.sub(r"^(?:US\s*)?[€£¥$]\s*(?=[-\d.])", "", plain(text).replace("**", "").rstrip("。.").strip())
+    if re.fullmatch(r"[-+]?\d{1,3}(?:[ \u00a0\u202f]\d{3})+(?:\.\d+)?", text):
+        return re.sub(r"\s", "", text)
     counted = re.fullmatch(r"([-+\d.,/]+)\s*([\u4e00-\u9fff]{1,4})", text)
     if counted:
         unit = counted[2] if counted[2] in _UNITS else ""
@@ -81,7 +84,7 @@ def same_value(answer: str, truth: str, precision: int | None = None, unit: str 
     Where both have a unit they must agree or convert (length, mass, time); the right answer's may stand in `unit`. A
     unit that one of them lacks does not count. "50%" is 50 and 0.5. Other answers are compared as `same_answer` does.
     """
-    read, right = read_number(plain(answer)), read_number(plain(truth))
+    read, right = (read_number(_slashed(plain(text))) for text in (answer, truth))
     if not read or not right:
         return same_answer(answer, truth)
     (value, own), (true_value, true_unit) = read, right
@@ -95,10 +98,23 @@ def same_value(answer: str, truth: str, precision: int | None = None, unit: str 
             return False
         values = [value * _UNITS[own][1] / _UNITS[true_unit][1]]
     elif (own == "%") != (true_unit == "%"):
-        values.append(value / 100 if own == "%" else value * 100 if "." in answer and abs(value) <= 1 else value)
+        values.append(value / 100 if own == "%" else value * 100 if abs(value) < 1 else value)
     elif own and true_unit and own != true_unit and right[1]:
         return False
     return any(math.isclose(found, true_value, rel_tol=0, abs_tol=slack) for found in values)
+
+
+def _slashed(text: str) -> str:
+    """A LaTeX fraction of whole numbers with a slash."""
+    fraction = re.fullmatch(r"(-?)\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}", text)
+    return f"{fraction[1]}{fraction[2]}/{fraction[3]}" if fraction else text
+
+
+def without_unit(text: str) -> str:
+    """A formula without a unit that ends it, "2\\sqrt{3} cm"; numbers keep theirs, which is compared."""
+    words = plain(text).split(" ")
+    ends = len(words) > 1 and words[-1].casefold() in {*_UNITS, "units", "°"}
+    return " ".join(words[:-1]) if ends and not read_number(" ".join(words)) else text
 
 
 def is_list(truth: str) -> bool:
@@ -111,8 +127,8 @@ def same_list(answer: str, truth: str, precision: int | None = None) -> bool:
     def members(text: str) -> list[str]:
         if listed := _LIST.search(text):
             text = listed[0]
-        inner = re.sub(r"^.*\bbetween\b|[\[\]()'\"]", "", plain(text))
-        return [part.strip() for part in re.split(r",\s+|,(?!\d{3}\b)|\band\b|;|和|、", inner) if part.strip()]
+        inner = re.sub(r"^.*\b(?:between|[Ff]rom)\b|[\[\]()'\"]", "", plain(text))
+        return [part.strip() for part in _BETWEEN.split(inner) if part.strip()]
 
     own, right = members(answer), members(truth)
     return len(own) == len(right) and all(same_value(a, b, precision) for a, b in zip(own, right, strict=True))
@@ -124,17 +140,18 @@ def read_yes_no(text: str, question: str = "") -> tuple[str | None, str | None]:
     "Yes, there is no sign" says yes: a `no` before a noun is no verdict. Where there is none, "There is no sign" says
     no to a question "Is there …" that has no negation itself.
     """
-    text = plain(text).replace("*", "").replace("。", ". ").replace("、", ",")
+    text = plain(text).replace("**", "").replace("。", ". ").replace("、", ",")
     said = {"Yes" if match["yes"] else "No" for match in _VERDICT.finditer(text)}
     if not said:
         words = set(re.findall(r"[a-z']+", text.casefold()))
         determiner = re.search(r"\bno\s+[a-z]", text.casefold())
+        absent = re.search(r"\bthere\s+(?:isn't|aren't|is\s+not|are\s+not)\b|^没有", text.casefold())
         asked = re.match(r"(?:<image>\s*)*(?:is|are|was|were)\s+there\b(?!.*\b(?:no|not)\b)", question.casefold())
         if {"yes", "no"} <= words:
             said = {"Yes", "No"}
         elif "yes" in words:
             said = {"Yes"}
-        elif "no" in words and (not determiner or asked):
+        elif (asked and absent) or ("no" in words and (not determiner or asked)):
             said = {"No"}
     if len(said) == 1:
         return said.pop(), None
