@@ -9,6 +9,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[1]))
 from eval_predictions import LIMITS, PREDICTIONS, QUESTIONS, SECOND
 
+from verl_avar.evaluation.benchmark import choices
 from verl_avar.evaluation.benchmark.choices import read_choice
 from verl_avar.evaluation.benchmark.score import Score, answer_part, score
 from verl_avar.evaluation.benchmark.values import read_value, read_yes_no, same_list, same_value
@@ -29,6 +30,15 @@ def test_the_second_sets_verdict_is_the_one_by_hand(prediction):
 @pytest.mark.parametrize("prediction", LIMITS, ids=lambda p: p.response[-20:-9])
 def test_what_is_known_not_to_be_read_is_wrong_and_not_guessed(prediction):
     assert score(QUESTIONS[prediction.question], prediction.response, prediction.finish).right is False
+
+
+def test_the_agreement_tables_are_of_these_predictions():
+    text = (Path(choices.__file__).parent / "AGREEMENT.md").read_text(encoding="utf-8")
+    totals = [
+        [cell.strip() for cell in line.split("|")[2:4]] for line in text.splitlines() if line.startswith("| all ")
+    ]
+    read = len(PREDICTIONS) + len(SECOND)
+    assert totals == [[str(read + len(LIMITS)), str(read)]] * 2
 
 
 def test_the_set_is_large_and_has_both_verdicts_of_every_benchmark():
