@@ -23,7 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-from eval_predictions import LIMITS, PREDICTIONS, QUESTIONS, SECOND, Prediction
+from eval_predictions import ALL, QUESTIONS, Prediction
 
 from verl_avar.evaluation.benchmark.score import answer_part, score
 
@@ -180,7 +180,7 @@ def main() -> None:
     options = parser.parse_args()
     judges = {"VLMEvalKit": vlmevalkit(options.vlmevalkit), "lmms-eval": lmms_eval(options.lmms_eval)}
     for harness, judge in judges.items():
-        compare(harness, judge, [*PREDICTIONS, *SECOND, *LIMITS], options.show)
+        compare(harness, judge, ALL, options.show)
 
 
 def compare(harness: str, judge, predictions: list[Prediction], show: bool) -> None:

@@ -342,9 +342,91 @@ SECOND: list[Prediction] = [
     *_a("second set", "no", ["No sign is visible.", "There isn't any sign.", "没有标志"], True),
     *_a("second set", "no", ["Yes, there is a sign."], False),
 ]
+# Made to be mistaken for right. At their first run the rules agreed with 48 of these and LENIENT together (74) and took
+# 26 for right; of those 20 are mended.
+THIRD: list[Prediction] = [
+    *_a(
+        "third set",
+        "length",
+        [
+            "C. It can't be B.",
+            "The answer is not B.",
+            "B cannot be right; C",
+            "not 5 cm",
+            "A (5 cm is too long)",
+            "AB is longer than 5 cm",
+            "less than 5 cm",
+            "5 cm or 6 cm",
+            "5 km",
+            "-5 cm",
+            "ABCD",
+            "Both B and C",
+            "All of A, B, C",
+            "C > B",
+        ],
+        False,
+    ),
+    *_a("third set", "length", ["B?"], True),
+    *_a(
+        "third set",
+        "colour",
+        [
+            "There is no blue ball",
+            "the red ball, not the blue ball",
+            "the blue balloon",
+            "neither the blue ball nor the red",
+        ],
+        False,
+    ),
+    *_a("third set", "ten", ["128", "28.5", "24 or 28", "I"], False),
+    *_a("third set", "subject", ["A"], True),
+    *_a("third set", "subject", ["An osteocyte", "not a neuron", "B or A"], False),
+    *_a(
+        "third set",
+        "count",
+        ["5 or more", "more than 5", "at least 5", "not 5", "5^2", "\\sqrt{5}", "5x", "5!", "x+5", "1/5"],
+        False,
+    ),
+    *_a("third set", "count", ["option 5", "no. 5"], True),
+    *_a("third set", "big", ["1,234,000"], False),
+    *_a("third set", "price", ["less than $1.45"], False),
+    *_a("third set", "area", ["12\\pi", "144", "12 or 13", "x = 3, y = 12"], False),
+    *_a("third set", "half", ["-\\frac{1}{2}", "\\frac{1}{2}\\pi"], False),
+    *_a("third set", "surd", ["2\\sqrt{3} + 1", "-2\\sqrt{3}", "2\\sqrt{3} or 3"], False),
+    *_a("third set", "metre", ["50 inches", "50 mm"], False),
+    *_a("third set", "percent", ["300%", "0.3%"], False),
+    *_a("third set", "open", ["Art Nouveau or Art Deco", "Pre-Art Nouveau", "Art Deco (Art Nouveau)"], False),
+    *_a("third set", "rate", ["-3.43"], False),
+    *_a(
+        "third set",
+        "yes",
+        ["Not yes", "yesterday", "Yes or no", "It is not correct.", "I cannot say yes.", "不对，不一样长"],
+        False,
+    ),
+    *_a(
+        "third set",
+        "no",
+        [
+            "There is no doubt that a sign is there.",
+            "Not no",
+            "No doubt there is a sign.",
+            "There is not just one sign.",
+        ],
+        False,
+    ),
+]
+# Wrong by hand, and taken for right: a unit or a scale that the right answer lacks does not count, and a ratio is one.
+LENIENT: list[Prediction] = [
+    *_a("lenient", "count", ["5%", "5 million"], False),
+    *_a("lenient", "big", ["1234 thousand"], False),
+    *_a("lenient", "price", ["1.45 million dollars"], False),
+    *_a("lenient", "half", ["1:2"], False),
+    *_a("lenient", "rate", ["3.43 V"], False),
+]
 # Right by hand, and not read: a part of an option's words, fractions in words.
 LIMITS: list[Prediction] = [
     *_a("limit", "colour", ["blue"], True),
     *_a("limit", "share", ["3 out of 5"], True),
     *_a("limit", "half", ["one half"], True),
 ]
+ALL = [*PREDICTIONS, *SECOND, *THIRD, *LENIENT, *LIMITS]

@@ -16,7 +16,7 @@ _LED = (
 )
 _WHOLE = re.compile(_LED + r"[(\[【{<]?([A-J])[)\]】}>]?[.:]?\s*(?:选项|option)?", re.IGNORECASE)
 _LEADING = re.compile(
-    _LED + r"(?:[(\[【{]([A-J])[)\]】}][.:]?|([A-J])(?:[):.](?!\d)|,|\s+[-–—]|(?=\s*(?i:because|since|因为)))"
+    _LED + r"(?:[(\[【{]([A-J])[)\]】}][.:]?|([A-J])(?:[):.](?!\d)|,|\s+[-–—]|(?=\s*(?i:because|since|因为)|\s+\())"
     r"|([B-HJ])\s+(?![-=<>+*/^≈]))\s*(.*)"
 )
 _REASON = re.compile(r"\b(?:because|since|as|for|while|whereas)\b|因为|由于", re.IGNORECASE)
@@ -26,17 +26,21 @@ _CHOSEN = re.compile(
 )
 # A capital that stands alone, but no article ("A cat"), no pronoun, no angle and no side of an equation.
 _BARE = re.compile(
-    r"(?<![A-Za-z0-9'’\\∠△])(?:([B-HJ])(?!\s*[=<>])|(A)(?!\s+[a-z]|\s*[=<>])|(A)(?=\s+(?:is|and|or|because|since)\b))"
+    r"(?<![A-Za-z0-9'’\\∠△])(?<![=<>])(?<![=<>]\s)(?:([B-HJ])(?!\s*[=<>])|(A)(?!\s+[a-z]|\s*[=<>])|(A)(?=\s+(?:is|and|or|because|since)\b))"
     r"(?![A-Za-z0-9'’])"
 )
 _NOT = re.compile(
     r"(?:\b(?:not|isn't|cannot be|neither|nor|rather than|instead of|except|unlike|excluding|eliminates?|rules? out)\b"
-    r"|不是|不选|排除|并非)\s*(?:the\s+)?(?:options?|choices?|选项?)?\s*[(\[]?([A-J])\b[)\]]?"
-    r"|(?:(?:option|choice|选项)\s*)?[(\[]?(?<![A-Za-z])([A-J])[)\]]?\s*"
+    r"|不是|不选|排除|并非)\s*(?:the\s+)?(?:options?|choices?|选项?)?\s*[(\[]?((?-i:[A-J]))\b[)\]]?"
+    r"|(?:(?:option|choice|选项)\s*)?[(\[]?(?<![A-Za-z])((?-i:[A-J]))[)\]]?\s*"
     r"(?:(?:is|are|was|seems|can)\s*(?:wrong|incorrect|false|impossible|not\b|n't\b|excluded)|不正确|不对|错误)[^.,;。]*",
     re.IGNORECASE,
 )
-_DENIES = re.compile(r"(?:\bnot|n't|\bno|\bnever|\bneither|\bnor|\brather than|不是|并非)\s+(?:the\s+|an?\s+)?$")
+# What takes back an option's text after it: "not the red ball", "longer than 5 cm".
+_DENIES = re.compile(
+    r"(?:\b(?:not|no|never|neither|nor|than|at least|at most|over|under|above|below|without)|n't|不是|并非|超过|不到)"
+    r"\s*(?:the\s+|an?\s+)?$"
+)
 
 
 def read_choice(text: str, choices: Sequence[str]) -> tuple[str | None, str | None]:

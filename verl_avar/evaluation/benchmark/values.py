@@ -15,6 +15,11 @@ _SO = re.compile(
     r"=|≈|\\approx|\b(?:so|thus|hence|therefore|approximately|about|is|are|equals|totals?)\b"
     r"|因此|所以|约为?|等于|是|为|共?有|共"
 )
+# A bound or a denial is no value: "at least 5", "not 5".
+_HEDGE = re.compile(
+    r"\b(?:not|never|than|at least|at most|up to|over|under|or (?:more|less|fewer))\b|n't\b|不是|至少|至多|超过|不到",
+    re.IGNORECASE,
+)
 _BETWEEN = re.compile(r",\s+|,(?!\d{3}\b)|\b(?:and|to)\b|;|和|、|(?<=\d)\s*[-–]\s*(?=\d)")
 _LIST = re.compile(r"\[.*\]", re.DOTALL)
 # Size in the dimension's first unit.
@@ -36,7 +41,7 @@ _UNITS = {
 }
 _YES, _NO = r"yes|yeah|yep|true|correct|是的?|对的?|正确", r"no|nope|false|incorrect|否|不是|不对|错误?|没有"
 _VERDICT = re.compile(
-    rf"(?:^|[.!?;:,\n]\s*|\b(?:is|so|but|therefore|thus|hence|say)\s+)(?:(?P<yes>{_YES})|(?P<no>{_NO}))(?=\s*(?:[.,!?;:\n]|$))",
+    rf"(?:^|[.!?;:,\n]\s*|\b(?:is|so|but|therefore|thus|hence)\s+)(?:(?P<yes>{_YES})|(?P<no>{_NO}))(?=\s*(?:[.,!?;:\n]|$))",
     re.IGNORECASE,
 )
 
@@ -44,8 +49,10 @@ _VERDICT = re.compile(
 def read_value(text: str) -> tuple[str | None, str | None]:
     """(number as it is written, problem) of a statement of an answer: "5 cm", "so 3 + 4 = 7", "five"."""
     text = _undressed(text)
-    if read_number(text):
+    if (read_number(text) and not re.search(r"\d[a-z]$", text)) or _is_formula(text):
         return text, None
+    if _HEDGE.search(text):
+        return None, "no_answer"
     if text.casefold() in _WORDS:
         return str(_WORDS.index(text.casefold())), None
     # "So 9 - 4 = 5 are left": the last clause that has numbers.
@@ -60,6 +67,15 @@ def read_value(text: str) -> tuple[str | None, str | None]:
     unit = re.match(r"\s*[A-Za-z°]+\b", text[last.end() :])
     known = unit and unit[0].strip().casefold() in _UNITS
     return last[0].strip() + (unit[0] if known else ""), None
+
+
+def _is_formula(text: str) -> bool:
+    """Whether a text is an expression without words or "=": "x+5", "\\sqrt{5}", "5x"; no number is picked out of it."""
+    words = re.sub(r"\\[A-Za-z]+|\b(?:sqrt|sin|cos|tan|log|ln|exp|pi)\b", " ", text)
+    variable = re.search(r"\d([a-z])$", text)
+    if variable and variable[1] not in _UNITS:
+        return True
+    return bool(re.search(r"[-+*/^!\\]", text)) and not re.search(r"[A-Za-z]{2,}|[=≈<>,;\u4e00-\u9fff]", words)
 
 
 def _undressed(text: str) -> str:
@@ -88,6 +104,8 @@ def same_value(answer: str, truth: str, precision: int | None = None, unit: str 
     if not read or not right:
         return same_answer(answer, truth)
     (value, own), (true_value, true_unit) = read, right
+    if own not in _UNITS and re.search(r"\d[a-z]$", answer.strip()) and own != true_unit:
+        return False  # "5x"
     true_unit = true_unit or (unit or "").casefold()
     slack = max(1e-9, 1e-6 * abs(true_value))
     if precision is not None:
@@ -141,17 +159,23 @@ def read_yes_no(text: str, question: str = "") -> tuple[str | None, str | None]:
     no to a question "Is there …" that has no negation itself.
     """
     text = plain(text).replace("**", "").replace("。", ". ").replace("、", ",")
+    text = re.sub(r"\bno\s+(?:doubt|wonder|question)\b", " ", text, flags=re.IGNORECASE)
     said = {"Yes" if match["yes"] else "No" for match in _VERDICT.finditer(text)}
     if not said:
         words = set(re.findall(r"[a-z']+", text.casefold()))
         determiner = re.search(r"\bno\s+[a-z]", text.casefold())
-        absent = re.search(r"\bthere\s+(?:isn't|aren't|is\s+not|are\s+not)\b|^没有", text.casefold())
+        absent = re.search(
+            r"\bthere\s+(?:isn't|aren't|is\s+not|are\s+not)\b(?!\s+(?:just|only))|^没有", text.casefold()
+        )
         asked = re.match(r"(?:<image>\s*)*(?:is|are|was|were)\s+there\b(?!.*\b(?:no|not)\b)", question.casefold())
-        if {"yes", "no"} <= words:
+        denied = words & {"not", "cannot", "never"} or "n't" in text.casefold()
+        if asked and absent:
+            said = {"No"}
+        elif {"yes", "no"} <= words:
             said = {"Yes", "No"}
-        elif "yes" in words:
+        elif not denied and "yes" in words:
             said = {"Yes"}
-        elif (asked and absent) or ("no" in words and (not determiner or asked)):
+        elif not denied and "no" in words and (not determiner or asked):
             said = {"No"}
     if len(said) == 1:
         return said.pop(), None
