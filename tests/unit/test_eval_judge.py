@@ -76,18 +76,22 @@ def test_the_judge_sees_question_options_right_and_given_answer_and_no_chain(ser
     assert counts["asked"] == counts["judged"] == counts["only_judge"] == 1 and counts["models"] == ["judge-2026"]
 
 
+def test_rubbish_is_counted_and_never_believed(serve, tmp_path):
+    judge, seen = serve(lambda _: "I would say it is right.")
+    verdicts, counts = judge_all([item("B"), item("A")], judge, tmp_path)
+    assert [v.score.right for v in verdicts] == [True, False] and {v.scored_by for v in verdicts} == {RULES}
+    assert {v.score.problem for v in verdicts} == {"judge_unreadable"}
+    assert counts["unreadable"] == len(seen) == 2 and counts["judged"] == 0
+
+
 @pytest.mark.parametrize(
     "text",
     ["yes", "", '{"right": "true"}', '{"right": 1}', '{"right": null}', '{"right": true} sure', '```{"right": true}```',
      '{"right": true, "why": "x"}', '{"right": false, "right": true}', '[["right", true]]', '["right"]', "true",
      '{"RIGHT": true}', '{"right": true'],
 )  # fmt: skip
-def test_rubbish_is_counted_and_never_believed(serve, tmp_path, text):
-    judge, seen = serve(lambda _: text)
-    verdicts, counts = judge_all([item("B"), item("A")], judge, tmp_path)
-    assert [v.score.right for v in verdicts] == [True, False] and {v.scored_by for v in verdicts} == {RULES}
-    assert {v.score.problem for v in verdicts} == {"judge_unreadable"}
-    assert counts["unreadable"] == len(seen) == 2 and counts["judged"] == 0
+def test_what_is_no_verdict(text):
+    assert read_verdict(text) is None
 
 
 @pytest.mark.parametrize(("text", "right"), [('{"right": true}', True), (' {"right":false}\n', False)])

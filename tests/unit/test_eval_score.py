@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -161,3 +162,12 @@ def test_further_right_answers_stand_in_meta():
     question = QUESTIONS["open"] | {"meta": json.dumps({"also_right": ["liberty style"]})}
     assert score(question, "<answer>Liberty style.</answer>", "stop").right
     assert not score(question, "<answer>Jugendstil</answer>", "stop").right
+
+
+def test_a_response_that_repeats_itself_is_scored_in_time():
+    start = time.monotonic()
+    for text in ("\\boxed{", "\\boxed{1} ", "B or A and ", "1,234,567 ", "the answer is B. ", "( [ "):
+        response = f"<answer>{text * (40_000 // len(text))}</answer>"
+        for name in ("length", "count", "half", "yes"):
+            score(QUESTIONS[name], response, "stop")
+    assert time.monotonic() - start < 10  # it took over 40 s before boxes were counted

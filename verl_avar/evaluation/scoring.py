@@ -79,10 +79,13 @@ def read_answer(response: str) -> str | None:
     return text.strip() or None
 
 
-def all_boxed(text: str) -> list[str | None]:
-    """What each \\boxed{…} of a text holds, in order; None for one that is empty or does not close."""
-    ends = [match.start() for match in re.finditer(r"\\boxed", text)]
-    return [_boxed(text, start) for start in ends]
+def all_boxed(text: str, most: int = 20) -> list[str | None]:
+    """What each \\boxed{…} of a text holds, in order; None for one that is empty or does not close.
+
+    Of the last `most` only: a model that repeats itself writes thousands, and each may reach to the end.
+    """
+    starts = [match.start() for match in re.finditer(r"\\boxed", text)]
+    return [_boxed(text, start) for start in starts[-most:]]
 
 
 def _boxed(text: str, start: int | None = None) -> str | None:
