@@ -121,6 +121,7 @@ setup(
             "report/*.md",
             "evaluation/benchmark/definitions/*.yaml",
             "evaluation/published/*.csv",
+            "evaluation/benchmark/*.jinja",
             "synthesis/prompts/*.jinja",
         ]
     },

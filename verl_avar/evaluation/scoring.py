@@ -29,6 +29,9 @@ NUMBER = re.compile(
     r"\s*(%|°[CF]?|(?:(?:square|cubic|sq\.?|cu\.?) )?[A-Za-zµΩ]{1,15}(?:\^?\{?[23]\}?|[²³])?(?:/[A-Za-z]{1,10})?)?"
 )
 START_SECONDS, COMPARE_SECONDS = 120, 10
+# Full-width forms, and signs that LaTeX writes otherwise.
+SIGNS = {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)} | {ord("−"): "-", ord("π"): "\\pi ", ord("⁄"): "/"}
+ROOT = re.compile(r"√\s*(?:\{([^{}]*)\}|\(([^()]*)\)|(\w+))")
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,18 @@ def read_answer(response: str) -> str | None:
     return text.strip() or None
 
 
-def _boxed(text: str) -> str | None:
-    """What the last \\boxed{…} holds, braces matched; None where it does not close."""
-    start = text.rindex("\\boxed") + len("\\boxed")
+def all_boxed(text: str, most: int = 20) -> list[str | None]:
+    """What each \\boxed{…} of a text holds, in order; None for one that is empty or does not close.
+
+    Of the last `most` only: a model that repeats itself writes thousands, and each may reach to the end.
+    """
+    starts = [match.start() for match in re.finditer(r"\\boxed", text)]
+    return [_boxed(text, start) for start in starts[-most:]]
+
+
+def _boxed(text: str, start: int | None = None) -> str | None:
+    """What the \\boxed{…} at a position holds, of the last one without; None where it does not close."""
+    start = (text.rindex("\\boxed") if start is None else start) + len("\\boxed")
     depth, content = 0, text[start:].lstrip()
     for position, sign in enumerate(content):
         depth += (sign == "{") - (sign == "}")
@@ -93,7 +105,7 @@ def same_answer(answer: str, truth: str) -> bool:
     Case, white space, dollars, a final full stop, \\text{…} and \\boxed{…} don't count. A unit counts where the right
     answer has one: "5 cm" is 5, but 5 is not "5 cm", nor is "5 km".
     """
-    answer, truth = _plain(answer), _plain(truth)
+    answer, truth = plain(answer), plain(truth)
     if not answer:
         return False
     if answer.casefold() == truth.casefold():
@@ -101,24 +113,26 @@ def same_answer(answer: str, truth: str) -> bool:
     if letter := CHOICE.fullmatch(truth):
         chosen = CHOSEN.fullmatch(answer)
         return bool(chosen) and chosen[1].upper() == letter[1] and not ANOTHER.search(chosen[2])
-    read, right = _number(answer), _number(truth)
+    read, right = read_number(answer), read_number(truth)
     if read and right:
         (value, unit), (true_value, true_unit) = read, right
         return math.isclose(value, true_value, rel_tol=1e-6, abs_tol=1e-9) and true_unit in ("", unit)
     return _is_maths(answer) and _is_maths(truth) and has_math_verify() and _equal_maths(answer, truth)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Without what only dresses an answer."""
+    text = ROOT.sub(lambda root: f"\\sqrt{{{root[1] or root[2] or root[3]}}}", text.translate(SIGNS))
     text = re.sub(r"\\(?:text|mathrm|textbf|mathbf|mbox)\s*\{([^{}]*)\}", r" \1 ", text)
-    text = re.sub(r"\\[,;:!]|\\left\b|\\right\b", "", text).replace("−", "-").replace("\\%", "%").replace("\\$", "")
+    text = re.sub(r"\\[,;:!]|\\left\b|\\right\b", "", text).replace("\\%", "%").replace("\\$", "")
     text = re.sub(r"\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})", "°", text)
+    text = re.sub(r"(?<=[A-Za-z])\s+\^", "^", text)  # "cm ^2", as \text{ cm}^2 leaves it
     if "\\boxed" in text:
         text = _boxed(text) or ""
     return " ".join(text.split()).strip("$*\"'` ").removesuffix(".").strip("$*\"'` ")
 
 
-def _number(text: str) -> tuple[float, str] | None:
+def read_number(text: str) -> tuple[float, str] | None:
     """A plain number or fraction and its unit, "1,234.5 cm" -> (1234.5, "cm"); None for anything else."""
     match = NUMBER.fullmatch(text)
     if not match or (match[2] and not int(match[2])):
