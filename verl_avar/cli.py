@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import verl_avar
 from verl_avar.data import command as data_command
-from verl_avar.evaluation import correlate, intervene, vas_command
+from verl_avar.evaluation import correlate, eval_command, intervene, vas_command
 from verl_avar.rollout import serve
 from verl_avar.synthesis import command as synth_command
 
@@ -20,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("vas", vas_command, "measure whether a vision-language checkpoint looks at its images while it reasons"),
         ("intervene", intervene, "sweep a bias of attention to the image at inference: does it help?"),
         ("correlate", correlate, "VAS against accuracy over several checkpoints"),
+        ("eval", eval_command, "the seven benchmarks under one protocol, with the base beside the model"),
         ("data", data_command, "bring data sets of image questions to one schema, check and hash them"),
         ("synth", synth_command, "make visual-anchored reasoning from images, questions and answers"),
     ):

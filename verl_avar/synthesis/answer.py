@@ -18,6 +18,7 @@ class Answer:
     prompt_tokens: int
     completion_tokens: int
     seconds: float
+    attention: dict | None = None  # scores of the response, from a server with the visual-attention connector
 
 
 def read(reply: Any, model: str, reasoning: bool, seconds: float) -> Answer | None:
@@ -37,7 +38,16 @@ def read(reply: Any, model: str, reasoning: bool, seconds: float) -> Answer | No
     usage = getattr(reply, "usage", None)
     counts = (getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens"))
     name = reply.model if isinstance(reply.model, str) else model
-    return Answer(utf8(text), finish, utf8(name), *(c if isinstance(c, int) else 0 for c in counts), seconds)
+    tokens = (count if isinstance(count, int) else 0 for count in counts)
+    return Answer(utf8(text), finish, utf8(name), *tokens, seconds, _attention(reply))
+
+
+def _attention(reply: Any) -> dict | None:
+    """`kv_transfer_params.visual_attention` of an answer (verl_avar/rollout/SERVING.md)."""
+    extra = getattr(reply, "model_extra", None)
+    transferred = extra.get("kv_transfer_params") if isinstance(extra, dict) else None
+    attention = transferred.get("visual_attention") if isinstance(transferred, dict) else None
+    return attention if isinstance(attention, dict) else None
 
 
 def _text(content: Any) -> str | None:

@@ -102,7 +102,7 @@ def _sampling(settings: Settings, condition: str, repeat: int) -> dict[str, Any]
     options = biases(condition)
     if settings.attention != "off":
         options["attention_scores"] = settings.attention
-    return sampling | ({"extra_body": {"vllm_xargs": options}} if options else {})
+    return sampling | ({"vllm_xargs": options} if options else {})
 
 
 class _Donors:

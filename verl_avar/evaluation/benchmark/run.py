@@ -1,0 +1,211 @@
+"""One model on a suite: questions, a server, answers, scores, summary.json."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from verl_avar.errors import ConfigError
+from verl_avar.evaluation.benchmark.definition import Benchmark
+from verl_avar.evaluation.benchmark.load import load
+from verl_avar.evaluation.benchmark.predict import (
+    QUESTIONS_FILE,
+    Settings,
+    cases,
+    predict,
+    write_questions,
+    write_results,
+)
+from verl_avar.evaluation.benchmark.server import served
+from verl_avar.evaluation.partial import fingerprint
+
+SUMMARY_FILE, SETTINGS_FILE = "summary.json", "settings.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be run on every model alike. data: local copies (load.py); None: the hub's."""
+
+    suite: str
+    benchmarks: Sequence[Benchmark]
+    out: Path
+    data: Path | None = None
+    limit: int | None = None
+    allow_broken: bool = False
+    protocol: str | None = None
+    conditions: tuple[str, ...] = ("plain",)
+    repeats: int = 1
+    seed: int = 0
+    sampling: Mapping[str, Any] = field(default_factory=lambda: {"temperature": 0.0})
+    attention: str = "summary"
+    concurrency: int = 16
+    timeout_s: float = 1800.0
+    serve: Sequence[str] = ()  # options of `avar serve`, where it is started here
+
+
+@dataclass(frozen=True)
+class Model:
+    """path: a checkpoint or hub name. url: of a server that serves it; None: one is started here."""
+
+    path: str
+    name: str
+    url: str | None = None
+    served_name: str | None = None
+    api_key_env: str | None = None
+
+
+def folder_name(name: str) -> str:
+    """A model's name as a folder's."""
+    return re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "model"
+
+
+def run(plan: Plan, model: Model, console: Console) -> Path:
+    """Asks and scores what is missing; returns the model's folder. Raises ConfigError and EndpointError."""
+    folder = plan.out / folder_name(model.name)
+    sent = model.served_name or (model.name if model.url is None else model.path)
+    settings = Settings(
+        model=sent,
+        identity=fingerprint(model.path),
+        protocol=plan.protocol,
+        conditions=plan.conditions,
+        repeats=plan.repeats,
+        seed=plan.seed,
+        sampling=dict(plan.sampling),
+        attention=plan.attention,
+    )
+    protocols = {benchmark.name: benchmark.protocol for benchmark in plan.benchmarks}
+    with _alone(folder):
+        count, broken = _questions(plan, folder)
+        total = count * len(plan.conditions) * plan.repeats
+        left = unanswered(folder, settings, protocols)
+        console.print(
+            f"{model.name}: {total:,} answers to {count:,} questions, {total - left:,} of them there already"
+            + (f"; {broken} broken rows are left out" if broken else ""),
+            highlight=False,
+        )
+        failed = 0
+        if left:
+            server = (
+                nullcontext(model.url) if model.url else served(model.path, sent, folder / "server.txt", plan.serve)
+            )
+            with server as url, _bar(f"{model.name}", total, console) as advance:
+                endpoint = {
+                    "base_url": url,
+                    "api_key_env": model.api_key_env,
+                    "concurrency": plan.concurrency,
+                    "timeout_s": plan.timeout_s,
+                }
+                failed = predict(folder, settings, protocols, endpoint, advance)
+        write_results(folder, settings, protocols)
+        _write(folder / SUMMARY_FILE, summary(plan, model, settings, count, broken))
+    if failed:
+        console.print(f"{model.name}: {failed} answers did not come; the same command asks again", highlight=False)
+    return folder
+
+
+def unanswered(folder: Path, settings: Settings, protocols: Mapping[str, str]) -> int:
+    """How many cases have no stored answer."""
+    from verl_avar.synthesis.store import CALLS, Lines
+
+    with Lines(folder / CALLS) as stored:
+        return sum(stored.get(case.key) is None for case in cases(folder, settings, dict(protocols)))
+
+
+def summary(plan: Plan, model: Model, settings: Settings, count: int, broken: int) -> dict:
+    """What a reader must know to judge the results."""
+    return {
+        "model": model.path,
+        "name": model.name,
+        "suite": plan.suite,
+        "protocol": plan.protocol or "each benchmark's own",
+        "harness": "native",
+        "server": "started here" if model.url is None else model.url,
+        "sampling": dict(settings.sampling),
+        "seed": plan.seed,
+        "repeats": plan.repeats,
+        "conditions": list(plan.conditions),
+        "limit": plan.limit,
+        "questions": count,
+        "broken": broken,
+        "benchmarks": {
+            benchmark.name: {"title": benchmark.title, "questions": benchmark.questions, "metric": benchmark.metric}
+            for benchmark in plan.benchmarks
+        },
+        "scored_by": "rules",
+        "versions": {name: version(name) for name in ("verl_avar", "math-verify", "openai")},
+    }
+
+
+def _questions(plan: Plan, folder: Path) -> tuple[int, int]:
+    """Writes questions.parquet unless that was done from the same copies; returns questions and broken rows."""
+    told = json.dumps(
+        [
+            [asdict(benchmark) for benchmark in plan.benchmarks],
+            _state(plan.data),
+            plan.limit,
+            plan.allow_broken,
+        ],
+        sort_keys=True,
+        default=str,
+    )
+    path = folder / "questions.json"
+    if path.exists() and (folder / QUESTIONS_FILE).exists():
+        known = json.loads(path.read_text())
+        if known["from"] == told:
+            return known["questions"], known["broken"]
+    path.unlink(missing_ok=True)
+    broken: list = []
+    count = write_questions(
+        (
+            question
+            for benchmark in plan.benchmarks
+            for question in load(benchmark, plan.data, plan.limit, plan.allow_broken, broken)
+        ),
+        folder,
+    )
+    _write(path, {"from": told, "questions": count, "broken": len(broken)})
+    return count, len(broken)
+
+
+def _state(path: Path | None) -> list:
+    if path is None:
+        return []
+    files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+    return [(str(each), each.stat().st_size, each.stat().st_mtime_ns) for each in files if each.exists()]
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keeps a model's folder to one run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{folder}: another run is writing here; wait for it, or name another --out") from None
+        yield
+
+
+@contextmanager
+def _bar(title: str, total: int, console: Console) -> Iterator:
+    from rich.progress import Progress
+
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task(title, total=total)
+        yield lambda done: progress.advance(bar, done)
+
+
+def _write(path: Path, value: dict) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
+    part.replace(path)
