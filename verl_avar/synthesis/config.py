@@ -189,6 +189,9 @@ def check(config: DictConfig, path: Path) -> None:
         for key in ("concurrency", "attempts", "timeout_s"):
             if endpoint[key] <= 0:
                 raise ConfigError(f"{path}: endpoints.{name}.{key} must be positive, it is {endpoint[key]}")
+        for key in ("backoff_s", "backoff_max_s"):
+            if endpoint[key] < 0:
+                raise ConfigError(f"{path}: endpoints.{name}.{key} must not be negative, it is {endpoint[key]}")
         for key in ("requests_per_minute", "tokens_per_minute"):
             if endpoint[key] is not None and endpoint[key] <= 0:
                 raise ConfigError(f"{path}: endpoints.{name}.{key} must be positive, it is {endpoint[key]}")
