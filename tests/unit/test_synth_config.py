@@ -43,12 +43,8 @@ def loaded(tmp_path):
 
 
 def test_a_valid_config_has_the_defaults_and_overrides_count_more(loaded, tmp_path):
-    config = loaded(
-        {"budget.cost": 5, "stages.reason.price.prompt": 1.0, "stages.reason.prompt": "mine/reason.jinja"},
-        "budget.cost=7",
-        "seed=3",
-    )
-    assert (config.budget.cost, config.seed, config.endpoints.e.attempts) == (7, 3, 8)
+    config = loaded({"budget.tokens": 5, "stages.reason.prompt": "mine/reason.jinja"}, "budget.tokens=7", "seed=3")
+    assert (config.budget.tokens, config.seed, config.endpoints.e.attempts) == (7, 3, 8)
     assert config.stages.describe.images and not config.stages.reason.images and config.outputs == ["sft"]
     assert config.stages.reason.prompt == str(tmp_path / "mine" / "reason.jinja")  # beside the yaml
     assert config.stages.anchor.prompt is None
@@ -90,10 +86,17 @@ def test_a_valid_config_has_the_defaults_and_overrides_count_more(loaded, tmp_pa
         ({"attention.keep": 0}, r"attention.keep must be in \(0, 1\], it is 0"),
         ({"attention.keep": 1.5}, r"attention.keep must be in \(0, 1\], it is 1.5"),
         ({"endpoints.e.base_url": "${oc.env:AVAR_NO_SUCH_URL}/v1"}, "AVAR_NO_SUCH_URL"),
-        ({"stages.reason.sampling": {"n": 4}}, "stages.reason.sampling.n"),
-        ({"stages.reason.sampling": {"model": "m"}}, "stages.reason.sampling.model"),
-        ({"stages.reason.sampling": {"stream": True}}, "stages.reason.sampling.stream"),
-        ({"stages.reason.sampling": {"extra_body": {"top_k": 3}}}, "stages.reason.sampling.extra_body"),
+        ({"stages.reason.sampling": {"n": 4}}, "stages.reason.sampling has n; it can't be set there"),
+        ({"stages.reason.sampling": {"model": "m"}}, "stages.reason.sampling has model"),
+        ({"stages.reason.sampling": {"stream": True}}, "stages.reason.sampling has stream"),
+        (
+            {"stages.reason.sampling": {"extra_body": {"top_k": 3}}},
+            "sampling has extra_body; write what it holds right below",
+        ),
+        ({"stages.reason.sampling": {"seed": 5}}, "sampling has seed, but each call is sent its own"),
+        ({"budget.cost": 5}, "budget.cost is 5, but no stage has a price"),
+        ({"endpoints.e.base_url": "https:///v1"}, "endpoints.e.base_url is 'https:///v1'; wanted http"),
+        ({"endpoints.e.proxy": "ftp://proxy:21"}, "endpoints.e.proxy is 'ftp://proxy:21'; wanted http"),
     ],
 )
 def test_what_the_settings_can_not_be_is_refused_with_its_place(loaded, changes, words):
@@ -110,16 +113,17 @@ def test_what_the_settings_can_not_be_is_refused_with_its_place(loaded, changes,
         {"stages.reason.sampling": {"extra_headers": {"Authorization": f"Bearer {SECRET}"}}},
         {"sources": [{"path": "p", "columns": {"token": SECRET}}]},
         {"endpoints.e.base_url": f"https://someone:{SECRET}@api.example/v1"},
+        {"endpoints.e.base_url": f"https://api.example/v1?key={SECRET}"},
         {"endpoints.e.proxy": f"http://someone:{SECRET}@proxy.example:3128"},
     ],
 )
 def test_keys_in_the_file_or_an_override_are_refused_without_being_repeated(loaded, changes):
-    with pytest.raises(ConfigError, match="keys don't go into") as error:
+    with pytest.raises(ConfigError, match="keys don't go into files") as error:
         loaded(changes)
     assert SECRET not in str(error.value)
     ((place, value),) = changes.items()
     if isinstance(value, str):
-        with pytest.raises(ConfigError, match="keys don't go into") as error:
+        with pytest.raises(ConfigError, match="keys don't go into files") as error:
             loaded({}, f"{place}={value}")
         assert SECRET not in str(error.value)
 
