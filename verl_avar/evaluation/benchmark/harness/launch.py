@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import re
 import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
+
+import psutil
 
 from verl_avar.evaluation.benchmark.harness.proxy import JUDGE_ROUTE
 from verl_avar.evaluation.benchmark.harness.settings import HarnessSettings
@@ -49,7 +55,8 @@ def environment(settings: HarnessSettings, proxy: str) -> dict[str, str]:
 def launch(command: list[str], variables: dict[str, str], log: Path, folder: Path) -> None:
     """Runs a harness in `folder`, its output appended to `log` as it comes. Raises HarnessFailed.
 
-    It has a session of its own, which ends with it or with an exception here.
+    It has a session of its own, which ends with it or with an exception here; and it ends with this process (Linux), or
+    a killed run would go on writing where the next one reads.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
@@ -64,6 +71,7 @@ def launch(command: list[str], variables: dict[str, str], log: Path, folder: Pat
             env=variables,
             cwd=folder,
             start_new_session=True,
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )
         try:
             status = process.wait()
@@ -73,17 +81,37 @@ def launch(command: list[str], variables: dict[str, str], log: Path, folder: Pat
         raise HarnessFailed(f"the harness ended with status {status}: {last_error(log, start)} (all of it: {log})")
 
 
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None  # found before a fork, after which little is safe
+
+
+def _end_with_parent() -> None:
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def end_session(process: subprocess.Popen) -> None:
-    """Ends a process and those it started."""
+    """Ends a process and those it started, and returns when they have."""
     for sign in (signal.SIGTERM, signal.SIGKILL):
+        for one in members(process.pid):
+            with contextlib.suppress(psutil.NoSuchProcess):  # ended meanwhile
+                one.send_signal(sign)
+        end = time.monotonic() + STOP_S
+        while process.poll() is None or members(process.pid):
+            if time.monotonic() > end:
+                break
+            time.sleep(0.05)
+
+
+def members(session: int) -> list[psutil.Process]:
+    """The processes of a session that run."""
+    found = []
+    for process in psutil.process_iter():
         try:
-            os.killpg(process.pid, sign)
-        except ProcessLookupError:
-            return
-        try:
-            process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (ProcessLookupError, psutil.NoSuchProcess):  # ended meanwhile
             continue
+    return found
 
 
 def last_error(log: Path, start: int = 0) -> str:

@@ -11,7 +11,6 @@ killed costs nothing twice. Two questions of one run that are the same to the la
 from __future__ import annotations
 
 import asyncio
-import json
 import socket
 import threading
 import time
@@ -23,6 +22,7 @@ from typing import Any
 
 from verl_avar.evaluation.benchmark.harness.answer_part import answer_part
 from verl_avar.evaluation.benchmark.harness.prints import image_print
+from verl_avar.evaluation.benchmark.harness.replies import completion, error, said
 from verl_avar.evaluation.benchmark.harness.settings import Endpoint, Protocol
 from verl_avar.synthesis.store import CALLS, Lines, Writer, call_key, writer_name
 
@@ -134,7 +134,7 @@ class Proxy:
                 return record
             record |= seen(body["messages"]) | {"model": body["model"], "repeat": self.repeat}
             self.writer.add(key, record)
-            self.new[key] = record
+            self.new[key] = {"key": key} | record
             return record
 
     async def _ask(self, to: Endpoint, headers: dict, body: dict) -> dict:
@@ -189,44 +189,6 @@ def seen(messages: list[dict]) -> dict:
             content = "\n".join(parts)
         shown.append({"role": turn["role"], "content": content})
     return {"messages": shown, "prints": prints}
-
-
-def completion(model: str, content: str, record: dict):
-    """A chat completion as a harness reads it."""
-    from starlette.responses import JSONResponse
-
-    prompt, written = record["prompt_tokens"] or 0, record["completion_tokens"] or 0
-    return JSONResponse(
-        {
-            "id": "chatcmpl-kept",
-            "object": "chat.completion",
-            "created": int(time.time()),
-            "model": model,
-            "choices": [
-                # "stop": an answer that was cut off is told by its content, and a harness must not ask again.
-                {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}
-            ],
-            "usage": {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written},
-        }
-    )
-
-
-def error(status: int, message: str):
-    """An error as OpenAI's clients read it."""
-    from starlette.responses import JSONResponse
-
-    return JSONResponse({"error": {"message": message, "type": "proxy", "code": status}}, status_code=status)
-
-
-def said(text: str) -> str:
-    """The message of an OpenAI error, else the text; at most 500 characters."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = text
-    for name in ("error", "message"):
-        value = value.get(name, value) if isinstance(value, dict) else value
-    return str(value)[:500]
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from verl_avar.evaluation.benchmark.harness.answer_part import NO_ANSWER, answer
 from verl_avar.evaluation.benchmark.harness.prints import bytes_print, distance
 from verl_avar.evaluation.benchmark.schema import PLAIN, RESULTS
 
+ALIKE = 8.0  # of 255: images that differ by no more are one image, encoded twice
 # (response, question) -> (extracted, right, problem). question: benchmark, id, question, choices, answer, answer_type.
 Score = Callable[[str, dict], tuple[str | None, bool, str | None]]
 
@@ -39,7 +40,8 @@ def match(questions: Sequence[dict], verdicts: Sequence[Verdict | None], records
 
     questions: with question and images (list of {"bytes"}, or None where they are not known here). Harnesses write no
     request beside their predictions and encode images anew, so a record is known by three things: it holds the words of
-    the question, its answer is the prediction, and its images look most alike (`prints`). Records that agree in all
+    the question, its answer is the prediction, and its images look most alike (`prints`). Where no record holds the
+    words, as of a question that is shown in its image, the images alone must do. Records that agree in all
     three are interchangeable: every one is given out once before any is given out again.
     """
     by_answer = defaultdict(list)
@@ -50,13 +52,12 @@ def match(questions: Sequence[dict], verdicts: Sequence[Verdict | None], records
     found: list[dict | None] = []
     for question, verdict in zip(questions, verdicts, strict=True):
         wanted = words(question["question"])
-        candidates = [
-            record for text, record in by_answer.get(verdict.prediction if verdict else "", ()) if wanted in text
-        ]
-        prints = None
-        if question["images"] is not None and len(candidates) > 1:
-            prints = [bytes_print(image["bytes"]) for image in question["images"]]
-        far = {record["key"]: 0.0 if prints is None else distance(record["prints"], prints) for record in candidates}
+        answered = by_answer.get(verdict.prediction if verdict else "", [])
+        candidates = [record for text, record in answered if wanted in text]
+        images = [bytes_print(image["bytes"]) for image in question["images"] or ()]
+        if not candidates and images:  # some prompts have the question in the image alone
+            candidates = [record for _, record in answered if distance(record["prints"], images) < ALIKE]
+        far = {one["key"]: distance(one["prints"], images) if images else 0.0 for one in candidates}
         record = min(candidates, key=lambda one: (far[one["key"]], used[one["key"]]), default=None)
         if record is not None:
             used[record["key"]] += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -20,7 +21,7 @@ RULES = "exact_matching"  # its name of scoring without a judge
 LONG = 64  # a shorter image cell is the index of the row that holds the image
 RIGHT = ("1", "1.0", "True")
 # Files of single verdicts, by its kinds of scorers: (ending of the name, column of the verdict, of what was extracted).
-VERDICTS = (("_result.tsv", "hit", None), ("_auxmatch.tsv", "score", "extracted"))
+VERDICTS = (("_{judge}_result.tsv", "hit", None), ("_auxmatch.tsv", "score", "extracted"))
 
 
 def run(settings: HarnessSettings, score: Score = by_default_rules) -> Path:
@@ -42,7 +43,9 @@ def run(settings: HarnessSettings, score: Score = by_default_rules) -> Path:
         variables = {"LMUData": str(data), "PRED_FORMAT": "tsv", "PYTHONPATH": os.pathsep.join(modules)}
         return command(python, source, settings, proxy, raw), variables
 
-    return drive("vlmevalkit", scored_by, settings, questions, prepared, read_predictions, score)
+    judge = settings.judge.model if settings.judge else RULES
+    read = functools.partial(read_predictions, judge=judge)
+    return drive("vlmevalkit", scored_by, settings, questions, prepared, read, score)
 
 
 def command(python: Path, source: Path, settings: HarnessSettings, proxy: str, raw: Path) -> list[str]:
@@ -116,16 +119,16 @@ def read_tsv(benchmark: Benchmark) -> list[dict]:
     return rows
 
 
-def read_predictions(name: str, raw: Path) -> dict[str, Verdict]:
+def read_predictions(name: str, raw: Path, judge: str = RULES) -> dict[str, Verdict]:
     """Verdicts by index; questions whose calls failed are left out. right is None where the harness did not score."""
     (path,) = [*(raw / "predictions").glob(f"{MODEL}/T*/{MODEL}_{name}.tsv")] or [None]
     if path is None:
         return {}
     scored: dict[str, tuple[bool, str | None]] = {}
     for ending, column, extracted in VERDICTS:
-        for file in path.parent.glob(f"{MODEL}_{name}*{ending}"):
-            for row in table(file):
-                scored[row["index"]] = row[column] in RIGHT, row[extracted] if extracted else None
+        file = path.with_name(f"{path.stem}{ending.format(judge=judge)}")
+        for row in table(file) if file.is_file() else ():
+            scored[row["index"]] = row[column] in RIGHT, row[extracted] if extracted else None
     found = {}
     for row in table(path):
         if FAILED not in row["prediction"]:
