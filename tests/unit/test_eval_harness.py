@@ -293,6 +293,8 @@ def test_results_have_our_verdict_and_the_harness_own(tmp_path):
     assert ours["response"] == theirs["response"] == "<think>(254, 0, 0)</think><answer>B</answer>"
     assert (ours["vas"], ours["visual_ratio"], ours["completion_tokens"]) == (2.0, 0.5, 3)
     assert (failed["problem"], failed["right"], failed["response"]) == ("failed", None, None)
+    cut = result_rows(asked[:1], [Verdict("B", True)], [records[0] | {"finish": "length"}], "kit 1")
+    assert [row["problem"] for row in cut] == ["truncated", None]
     (line,) = agreement(rows)
     assert (line["scored"], line["rules"], line["theirs"]) == (1, 1, 0)
     assert [one["id"] for one in line["disagree"]] == ["0"]

@@ -7,14 +7,25 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from verl_avar.evaluation.benchmark.harness.answer_part import NO_ANSWER, answer_part
 from verl_avar.evaluation.benchmark.harness.prints import bytes_print, distance
 from verl_avar.evaluation.benchmark.schema import PLAIN, RESULTS
 
 ALIKE = 8.0  # of 255: images that differ by no more are one image, encoded twice
-# (response, question) -> (extracted, right, problem). question: benchmark, id, question, choices, answer, answer_type.
-Score = Callable[[str, dict], tuple[str | None, bool, str | None]]
+
+
+class Reading(NamedTuple):
+    """What our rules make of a response."""
+
+    extracted: str | None
+    right: bool | None
+    problem: str | None
+
+
+# (question, response, finish) -> what has the attributes of Reading. question: a row of schema.QUESTIONS.
+Score = Callable[[dict, str, str], Reading]
 
 
 @dataclass(frozen=True)
@@ -26,13 +37,13 @@ class Verdict:
     extracted: str | None = None
 
 
-def by_default_rules(response: str, question: dict) -> tuple[str | None, bool, str | None]:
+def by_default_rules(question: dict, response: str, finish: str) -> Reading:
     """`evaluation.scoring.judge` as a Score."""
     from verl_avar.evaluation.scoring import judge
 
     found = judge(response, question["answer"])
     problem = "no_answer" if found.answer is None else None if found.well_formed else "format"
-    return found.answer, found.right, problem
+    return Reading(found.answer, found.right, "truncated" if finish == "length" else problem)
 
 
 def match(questions: Sequence[dict], verdicts: Sequence[Verdict | None], records: Iterable[dict]) -> list[dict | None]:
@@ -102,14 +113,15 @@ def result_rows(
             "visual_share": attention.get("share"),
             "vas": attention.get("vas"),
         }
-        extracted, right, problem = score(record["response"], question)
-        if record["finish"] == "length":
-            problem = "truncated"
-        rows.append(common | {"scored_by": "rules", "extracted": extracted, "right": right, "problem": problem})
+        ours = score(question, record["response"], record["finish"])
+        ours = {"extracted": ours.extracted, "right": ours.right, "problem": ours.problem}
+        rows.append(common | ours | {"scored_by": "rules"})
         if verdict.right is not None:
             shown = verdict.extracted or verdict.prediction
             theirs = {"extracted": None if shown == NO_ANSWER else shown, "right": verdict.right}
-            rows.append(common | theirs | {"scored_by": scored_by, "problem": None if shown != NO_ANSWER else problem})
+            rows.append(
+                common | theirs | {"scored_by": scored_by, "problem": None if shown != NO_ANSWER else ours["problem"]}
+            )
     return rows
 
 
