@@ -6,10 +6,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from verl_avar.calls.endpoint import EndpointError
 from verl_avar.errors import ConfigError
 from verl_avar.evaluation.benchmark.judge import RULES, Item, Judge, Verdict, judge_all, read_verdict
 from verl_avar.evaluation.benchmark.score import Score, score
-from verl_avar.synthesis.endpoint import EndpointError
 
 QUESTION = {
     "benchmark": "m", "id": "1", "question": "How long?", "choices": ["4 cm", "5 cm"], "answer": "B",

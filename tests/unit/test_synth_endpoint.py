@@ -9,11 +9,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from omegaconf import OmegaConf
 
+from verl_avar.calls import endpoint as module
+from verl_avar.calls import limits
+from verl_avar.calls.endpoint import CallFailed, Endpoint, EndpointError, Stopping
 from verl_avar.errors import ConfigError
-from verl_avar.synthesis import endpoint as module
-from verl_avar.synthesis import limits
 from verl_avar.synthesis.config import Endpoint as Settings
-from verl_avar.synthesis.endpoint import CallFailed, Endpoint, EndpointError, Stopping
 
 ASK = [{"role": "user", "content": "2 + 2?"}]
 KEY = "sk-very-secret-123"

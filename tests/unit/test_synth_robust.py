@@ -15,21 +15,22 @@ import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf
 
+from verl_avar.calls import endpoint as endpoint_module
+from verl_avar.calls import limits as limits_module
+from verl_avar.calls import store
+from verl_avar.calls.endpoint import CallFailed, Endpoint, EndpointError, Stopping
+from verl_avar.calls.limits import Limits
+from verl_avar.calls.store import CALLS, Lines, Writer, call_key, locked
 from verl_avar.data.schema import ROWS, content_id
 from verl_avar.errors import ConfigError
-from verl_avar.synthesis import card, store
+from verl_avar.synthesis import card
 from verl_avar.synthesis import config as config_module
-from verl_avar.synthesis import endpoint as endpoint_module
-from verl_avar.synthesis import limits as limits_module
 from verl_avar.synthesis.config import Endpoint as Settings
-from verl_avar.synthesis.endpoint import CallFailed, Endpoint, EndpointError, Stopping
 from verl_avar.synthesis.intake import REJECTS
-from verl_avar.synthesis.limits import Limits
 from verl_avar.synthesis.pipeline import BUDGET, SIGNALLED, Progress
 from verl_avar.synthesis.prompt import template_hash
 from verl_avar.synthesis.run import make_calls
 from verl_avar.synthesis.settle import check_reasons, send_again, walked
-from verl_avar.synthesis.store import CALLS, Lines, Writer, call_key, locked
 
 ASK = [{"role": "user", "content": "2 + 2?"}]
 KEY = "sk-very-secret-123"
@@ -562,10 +563,10 @@ def test_the_card_knows_the_prompt_by_the_hash_that_the_summary_has(tmp_path):
         ("endpoints.e.base_url=http://:80/v1", "wanted http"),
         ("endpoints.e.base_url=http://host:80x/v1", "wanted http"),
         ("endpoints.e.base_url=${oc.env:AVAR_NOT_THERE}", "AVAR_NOT_THERE"),
-        ("stages.reason.sampling.stream=true", "sampling.stream: "),
-        ("stages.reason.sampling.n=4", "sampling.n: "),
-        ("stages.reason.sampling.messages=[]", "sampling.messages: "),
-        ("stages.reason.sampling.model=other", "sampling.model: "),
+        ("stages.reason.sampling.stream=true", "sampling has stream; "),
+        ("stages.reason.sampling.n=4", "sampling has n; "),
+        ("stages.reason.sampling.messages=[]", "sampling has messages; "),
+        ("stages.reason.sampling.model=other", "sampling has model; "),
         ("stages.reason.sampling.extra_body={top_k: 3}", "right below sampling"),
         ("stages.reason.sampling.extra_headers.x-api-key=hunter2", "keys don't go into files"),
         ("stages.reason.sampling.seed=3", "sampling has seed"),

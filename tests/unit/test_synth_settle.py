@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf
 
+from verl_avar.calls.store import CALLS, FAILURES, Writer
 from verl_avar.data.schema import ROWS
 from verl_avar.errors import ConfigError
 from verl_avar.synthesis.checks.reasons import REASONS, STAGE_REASONS
@@ -16,7 +17,6 @@ from verl_avar.synthesis.intake import REJECTS
 from verl_avar.synthesis.outcomes import OUTCOMES
 from verl_avar.synthesis.pipeline import read_attempts
 from verl_avar.synthesis.settle import check_reasons, send_again, settle
-from verl_avar.synthesis.store import CALLS, FAILURES, Writer
 from verl_avar.synthesis.tally import summarise
 from verl_avar.synthesis.walk import Unanswered, walk
 

@@ -8,13 +8,13 @@ import sys
 
 import pytest
 
+from verl_avar.calls.store import Lines, Writer, call_key, locked, writer_name
 from verl_avar.errors import ConfigError
-from verl_avar.synthesis.store import Lines, Writer, call_key, locked, writer_name
 
 ENDLESS = """
 import sys
 from pathlib import Path
-from verl_avar.synthesis.store import Writer, call_key
+from verl_avar.calls.store import Writer, call_key
 writer = Writer(Path(sys.argv[1]), sys.argv[2])
 print("ready", flush=True)
 for number in range(10**9):
@@ -71,7 +71,7 @@ def test_a_torn_line_is_passed_over_and_the_next_writer_leaves_it_alone(tmp_path
 
 
 def test_shards_are_limited_in_size(tmp_path, monkeypatch):
-    monkeypatch.setattr("verl_avar.synthesis.store.SHARD_BYTES", 1000)
+    monkeypatch.setattr("verl_avar.calls.store.SHARD_BYTES", 1000)
     writer = Writer(tmp_path, "a")
     for number in range(20):
         writer.add(call_key(number), {"text": "x" * 200})

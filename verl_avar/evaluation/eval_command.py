@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Exit status 0; 1 where a server can't be used or an answer is missing; 2 for a mistake in arguments or data."""
     from rich.console import Console
 
-    from verl_avar.synthesis.endpoint import EndpointError
+    from verl_avar.calls.endpoint import EndpointError
 
     console = Console()
     try:

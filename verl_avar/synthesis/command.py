@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     the settings or the data; 3: the budget is spent; 143: asked to end, by a signal while calls are made; 130: by
     Ctrl-C at another time. After 1, 130 and 143 the same command goes on, after 3 with a larger budget.
     """
-    from verl_avar.synthesis.endpoint import EndpointError
+    from verl_avar.calls.endpoint import EndpointError
     from verl_avar.synthesis.ray_data import ClusterError
 
     try:

@@ -13,11 +13,12 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from verl_avar.calls.private import check_address, check_no_key
+from verl_avar.calls.settings import Endpoint
 from verl_avar.data.schema import MAX_PIXELS, SYSTEM
 from verl_avar.errors import ConfigError
 from verl_avar.synthesis.checks.settings import Checks
 from verl_avar.synthesis.outcomes import STAGES
-from verl_avar.synthesis.private import check_address, check_no_key
 
 KEEP = ("first", "shortest", "longest", "most_anchors", "attention")
 OUTPUTS = ("sft", "rl", "sharegpt", "dataset")
@@ -44,22 +45,6 @@ class Source:
     split: str = "train"
     limit: int | None = None  # rows taken, from the start
     columns: dict[str, str] = field(default_factory=dict)  # generic: our column -> the source's
-
-
-@dataclass
-class Endpoint:
-    """An OpenAI-compatible server. Nothing is sent to any other address: redirects are not followed."""
-
-    base_url: str = MISSING  # http(s)://…/v1
-    api_key_env: str | None = None  # environment variable that holds the key; null: the server asks for none
-    concurrency: int = 16  # requests in flight
-    requests_per_minute: float | None = None
-    tokens_per_minute: float | None = None  # prompt and completion
-    timeout_s: float = 300.0  # of one request
-    attempts: int = 8  # requests for one call, before the row is left as call_failed
-    backoff_s: float = 1.0  # before the second attempt; doubles, with jitter, up to backoff_max_s
-    backoff_max_s: float = 60.0
-    proxy: str | None = None  # only this one: proxies of the environment are not used
 
 
 @dataclass
@@ -207,7 +192,7 @@ def check(config: DictConfig, path: Path) -> None:
             raise ConfigError(f"{path}: stages.{name}.candidates must be at least 1, it is {stage.candidates}")
         if wrong := [key for key in stage.sampling if key in NOT_SAMPLING]:
             how = "write what it holds right below sampling" if wrong[0] == "extra_body" else "it can't be set there"
-            raise ConfigError(f"{path}: stages.{name}.sampling.{wrong[0]}: {how}")
+            raise ConfigError(f"{path}: stages.{name}.sampling has {wrong[0]}; {how}")
         if stage.send_seed and "seed" in stage.sampling:
             raise ConfigError(
                 f"{path}: stages.{name}.sampling has seed, but each call is sent its own; the run's is `seed`, "

@@ -14,14 +14,14 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from omegaconf import DictConfig, OmegaConf
 
+from verl_avar.calls.answer import BAD_REQUEST, Answer
+from verl_avar.calls.endpoint import CallFailed, Endpoint, EndpointError, Stopping
+from verl_avar.calls.store import CALLS, FAILURES, Lines, Writer, write_whole
 from verl_avar.errors import ConfigError
-from verl_avar.synthesis.answer import BAD_REQUEST, Answer
 from verl_avar.synthesis.checks import Context, Problem
 from verl_avar.synthesis.checks.settings import TextChecks
 from verl_avar.synthesis.checks.stages import check
-from verl_avar.synthesis.endpoint import CallFailed, Endpoint, EndpointError, Stopping
 from verl_avar.synthesis.outcomes import PENDING, STAGES
-from verl_avar.synthesis.store import CALLS, FAILURES, Lines, Writer, write_whole
 from verl_avar.synthesis.walk import CALL_FAILED, Ask, Unanswered, Walk, prompt, walk
 
 ROWS_FILE, RETRIES_FILE = "rows.parquet", "retries.jsonl"

@@ -1,7 +1,7 @@
 """A synthesis run: intake, calls, what became of every row, selection, outputs. Run again, it does what is missing.
 
 OUT/rows.parquet, intake.parquet    rows as every stage reads them, and those that were refused (intake.py)
-OUT/calls/, failures/               answered calls, and those that no attempt got an answer to (store.py)
+OUT/calls/, failures/               answered calls, and those that no attempt got an answer to (calls/store.py)
 OUT/retries.jsonl                   what `--retry` sent again
 OUT/outcomes.parquet                each row of the sources once: accepted, rejected with a reason, or pending
 OUT/runs/                           of every run: requests, failed ones by kind, time
@@ -21,15 +21,15 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from verl_avar.calls.endpoint import EndpointError, key_of
+from verl_avar.calls.store import CALLS, Lines, locked, remove_parts, write_whole, writer_name
 from verl_avar.synthesis.checks.stages import check_settings
-from verl_avar.synthesis.endpoint import EndpointError, key_of
 from verl_avar.synthesis.intake import intake
 from verl_avar.synthesis.outcomes import STAGES
 from verl_avar.synthesis.pipeline import BUDGET, ROWS_FILE, SIGNALLED, Progress, Spent, read_rows, run_calls
 from verl_avar.synthesis.progress import shown
 from verl_avar.synthesis.prompt import check as check_prompt
 from verl_avar.synthesis.settle import Pick, check_reasons, send_again, settle, walks
-from verl_avar.synthesis.store import CALLS, Lines, locked, remove_parts, write_whole, writer_name
 from verl_avar.synthesis.tally import summarise
 
 SUMMARY_FILE = "summary.json"

@@ -16,13 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from omegaconf import DictConfig
 
+from verl_avar.calls.store import CALLS, FAILURES, Lines, write_whole
 from verl_avar.errors import ConfigError
 from verl_avar.synthesis.checks import Problem
 from verl_avar.synthesis.checks.reasons import INTAKE_REASONS, REASONS, STAGE_REASONS
 from verl_avar.synthesis.checks.stages import check, find_anchors
 from verl_avar.synthesis.outcomes import OUTCOMES, PENDING, REJECTED, STAGES
 from verl_avar.synthesis.pipeline import RETRIES_FILE, ROWS_FILE, check_settings_of, read_attempts, read_rows
-from verl_avar.synthesis.store import CALLS, FAILURES, Lines, write_whole
 from verl_avar.synthesis.walk import CALL_FAILED, Ask, Unanswered, Walk, walk
 
 OUTCOMES_FILE, INTAKE_FILE = "outcomes.parquet", "intake.parquet"

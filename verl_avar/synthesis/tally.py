@@ -9,12 +9,12 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from verl_avar.synthesis.answer import BAD_REQUEST
+from verl_avar.calls.answer import BAD_REQUEST
+from verl_avar.calls.store import CALLS, Lines
 from verl_avar.synthesis.outcomes import STAGES
 from verl_avar.synthesis.pipeline import RUNS, read_rows
 from verl_avar.synthesis.prompt import template_hash
 from verl_avar.synthesis.settle import OUTCOMES_FILE
-from verl_avar.synthesis.store import CALLS, Lines
 
 
 def summarise(config: DictConfig, out: Path, attention: dict | None) -> dict:

@@ -15,13 +15,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from verl_avar.calls.answer import BAD_REQUEST
+from verl_avar.calls.store import call_key
 from verl_avar.data.choices import with_options
 from verl_avar.data.schema import IMAGE
-from verl_avar.synthesis.answer import BAD_REQUEST
 from verl_avar.synthesis.checks import Context, Problem
 from verl_avar.synthesis.outcomes import ACCEPTED, PENDING, REJECTED, STAGES, TEXTS
 from verl_avar.synthesis.prompt import render
-from verl_avar.synthesis.store import call_key
 
 CALL_FAILED = "call_failed"
 

@@ -19,9 +19,9 @@ from typing import Any
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from verl_avar.calls.store import Lines, Writer, call_key, writer_name
 from verl_avar.errors import ConfigError
 from verl_avar.evaluation.benchmark.score import Score, answer_part
-from verl_avar.synthesis.store import Lines, Writer, call_key, writer_name
 
 PROMPT = Path(__file__).with_name("judge.jinja")
 RULES = "rules"
@@ -33,7 +33,7 @@ class Judge:
     """An OpenAI-compatible endpoint and the model to ask there.
 
     prompt: jinja file with the blocks `system` and `user`, of `question`, `choices`, `answer` and `given`.
-    endpoint: further settings of `synthesis.endpoint.Endpoint`, as concurrency or requests_per_minute.
+    endpoint: further settings of `calls.endpoint.Endpoint`, as concurrency or requests_per_minute.
     """
 
     base_url: str
@@ -151,7 +151,7 @@ async def _ask(judge: Judge, wanted: Mapping[str, list[dict]], folder: Path) -> 
     """The replies, each written to the folder as it comes; None for a call that failed."""
     from omegaconf import OmegaConf
 
-    from verl_avar.synthesis.endpoint import CallFailed, Endpoint
+    from verl_avar.calls.endpoint import CallFailed, Endpoint
 
     settings = {
         "base_url": judge.base_url, "api_key_env": judge.api_key_env, "concurrency": 16, "requests_per_minute": None,

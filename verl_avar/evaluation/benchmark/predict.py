@@ -22,13 +22,13 @@ from typing import Any
 import pyarrow.parquet as pq
 from omegaconf import OmegaConf
 
+from verl_avar.calls.endpoint import CallFailed, Endpoint, EndpointError
+from verl_avar.calls.store import CALLS, FAILURES, Lines, Writer, call_key, writer_name
 from verl_avar.data.parquet import RowFile
 from verl_avar.data.schema import content_id
 from verl_avar.evaluation.benchmark.conditions import biases, changed, donors
 from verl_avar.evaluation.benchmark.prompts import messages, text_messages
 from verl_avar.evaluation.benchmark.schema import PLAIN, QUESTIONS, RESULTS
-from verl_avar.synthesis.endpoint import CallFailed, Endpoint, EndpointError
-from verl_avar.synthesis.store import CALLS, FAILURES, Lines, Writer, call_key, writer_name
 
 QUESTIONS_FILE, RESULTS_FILE = "questions.parquet", "results.parquet"
 GROUP = 64  # rows of a row group, and read at a time
@@ -134,14 +134,14 @@ def predict(
 ) -> int:
     """Asks what has no answer yet; returns how many calls failed, which the next run makes again.
 
-    endpoint: fields of synthesis.config.Endpoint. progress: told how many cases are dealt with. Raises EndpointError
+    endpoint: fields of calls.settings.Endpoint. progress: told how many cases are dealt with. Raises EndpointError
     where the server can't be used at all; what was answered is kept.
     """
     return asyncio.run(_predict(folder, settings, protocols, endpoint, progress))
 
 
 async def _predict(folder: Path, settings: Settings, protocols, endpoint, progress) -> int:
-    from verl_avar.synthesis.config import Endpoint as EndpointSettings
+    from verl_avar.calls.settings import Endpoint as EndpointSettings
 
     server = Endpoint("server", OmegaConf.structured(EndpointSettings(**endpoint)))
     name, failed, done = writer_name(), 0, 0

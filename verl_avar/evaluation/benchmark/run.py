@@ -115,7 +115,7 @@ def run(plan: Plan, model: Model, console: Console) -> Path:
 
 def unanswered(folder: Path, settings: Settings, protocols: Mapping[str, str]) -> int:
     """How many cases have no stored answer."""
-    from verl_avar.synthesis.store import CALLS, Lines
+    from verl_avar.calls.store import CALLS, Lines
 
     with Lines(folder / CALLS) as stored:
         return sum(stored.get(case.key) is None for case in cases(folder, settings, dict(protocols)))

@@ -7,11 +7,11 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from verl_avar.calls.store import CALLS, Lines, locked
 from verl_avar.evaluation.benchmark.harness.launch import HarnessFailed, environment, launch
 from verl_avar.evaluation.benchmark.harness.proxy import Proxy, serving
 from verl_avar.evaluation.benchmark.harness.reading import Score, Verdict, agreement, result_rows, write_results
 from verl_avar.evaluation.benchmark.harness.settings import HarnessSettings
-from verl_avar.synthesis.store import CALLS, Lines, locked
 
 MODEL = "avar"  # the harness's name of the model: some names make a harness change its requests
 Command = Callable[[str, Path], tuple[list[str], dict[str, str]]]  # (proxy, raw folder) -> (command, more variables)

@@ -20,11 +20,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from verl_avar.calls.store import CALLS, Lines, Writer, call_key, writer_name
 from verl_avar.evaluation.benchmark.harness.answer_part import answer_part
 from verl_avar.evaluation.benchmark.harness.prints import image_print
 from verl_avar.evaluation.benchmark.harness.replies import completion, error, said
 from verl_avar.evaluation.benchmark.harness.settings import Endpoint, Protocol
-from verl_avar.synthesis.store import CALLS, Lines, Writer, call_key, writer_name
 
 START_S = 30.0
 JUDGE_ROUTE = "/judge/v1"

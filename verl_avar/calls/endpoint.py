@@ -16,9 +16,9 @@ import openai
 from omegaconf import DictConfig
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
+from verl_avar.calls.answer import BAD_REQUEST, Answer, read, utf8
+from verl_avar.calls.limits import Limits
 from verl_avar.errors import ConfigError
-from verl_avar.synthesis.answer import BAD_REQUEST, Answer, read, utf8
-from verl_avar.synthesis.limits import Limits
 
 POOL = 8  # connections of one pool: finding a free one takes longer the more there are (128 requests/s with 64, 334 so)
 GIVE_UP_S = 600.0  # of nothing but failed requests, and as long as one may take: the endpoint is down

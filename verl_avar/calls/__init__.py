@@ -1,0 +1,1 @@
+"""Calls of models behind OpenAI-compatible endpoints: made within limits, tried again, kept for ever."""
