@@ -65,14 +65,14 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class HarnessSettings:
-    """Arguments of `avar eval --harness NAME`. out: the model's folder of the run; files go to out/harness/NAME."""
+    """What a driver is told. out: the model's folder of the run; files go to out/harness/NAME."""
 
     out: Path
     server: Endpoint
     benchmarks: tuple[Benchmark, ...]
     protocol: Protocol = Protocol()
     judge: Endpoint | None = None  # None: rules only, and a scorer that asks a judge is refused one
-    path: Path | None = None  # checkout of VLMEvalKit (--harness-path)
+    path: Path | None = None  # checkout of VLMEvalKit 
     python: Path | None = None  # interpreter of the harness's environment
     concurrency: int = 8
     timeout_s: float = 1800.0  # of one answer
@@ -95,7 +95,7 @@ def harness_python(python: Path | None = None) -> Path:
             return path
     raise ConfigError(
         f"the harnesses have an environment of their own, and there is no {ENVIRONMENT}: make it by "
-        f"`bash recipes/bootstrap.sh eval`, or name its interpreter by --harness-python or {PYTHON_VARIABLE}"
+        f"`bash recipes/bootstrap.sh eval`, or name its interpreter in HarnessSettings.python or {PYTHON_VARIABLE}"
     )
 
 

@@ -65,7 +65,7 @@ def command(python: Path, source: Path, settings: HarnessSettings, proxy: str, r
 
 def checkout(path: Path | None) -> Path:
     """A folder with VLMEvalKit's source. Raises ConfigError."""
-    how = "clone github.com/open-compass/VLMEvalKit and name it by --harness-path"
+    how = "clone github.com/open-compass/VLMEvalKit and name it in HarnessSettings.path"
     if path is None:
         raise ConfigError(f"VLMEvalKit is on no package index: {how}")
     if not ((path / "run.py").is_file() and (path / "vlmeval" / "__init__.py").is_file()):
