@@ -427,7 +427,7 @@ def test_what_is_missing_is_said_with_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setenv("AVAR_EVAL_PYTHON", str(tmp_path))
     with pytest.raises(ConfigError, match="no Python interpreter"):
         harness_python()
-    with pytest.raises(ConfigError, match="HarnessSettings.path"):
+    with pytest.raises(ConfigError, match=r"HarnessSettings\.path"):
         vlmevalkit.checkout(tmp_path)
     with pytest.raises(ConfigError, match="there is no None"):
         lmms_eval.read_questions(None, "toy")

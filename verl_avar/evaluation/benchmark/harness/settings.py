@@ -72,7 +72,7 @@ class HarnessSettings:
     benchmarks: tuple[Benchmark, ...]
     protocol: Protocol = Protocol()
     judge: Endpoint | None = None  # None: rules only, and a scorer that asks a judge is refused one
-    path: Path | None = None  # checkout of VLMEvalKit 
+    path: Path | None = None  # checkout of VLMEvalKit
     python: Path | None = None  # interpreter of the harness's environment
     concurrency: int = 8
     timeout_s: float = 1800.0  # of one answer
