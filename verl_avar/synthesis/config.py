@@ -192,7 +192,7 @@ def check(config: DictConfig, path: Path) -> None:
             raise ConfigError(f"{path}: stages.{name}.candidates must be at least 1, it is {stage.candidates}")
         if wrong := [key for key in stage.sampling if key in NOT_SAMPLING]:
             how = "write what it holds right below sampling" if wrong[0] == "extra_body" else "it can't be set there"
-            raise ConfigError(f"{path}: stages.{name}.sampling has {wrong[0]}; {how}")
+            raise ConfigError(f"{path}: stages.{name}.sampling.{wrong[0]}: {how}")
         if stage.send_seed and "seed" in stage.sampling:
             raise ConfigError(
                 f"{path}: stages.{name}.sampling has seed, but each call is sent its own; the run's is `seed`, "
