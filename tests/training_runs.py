@@ -59,7 +59,7 @@ class Run:
     def steps(self) -> list[int]:
         return [step["step"] for step in read_steps(self.metrics)]
 
-    def until(self, happened, limit_s: float = 240) -> None:
+    def until(self, happened, limit_s: float = 480) -> None:
         """Waits for `happened()`; fails when the run ends before."""
         limit = time.monotonic() + limit_s
         while not happened():

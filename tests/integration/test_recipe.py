@@ -43,7 +43,7 @@ def out(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("recipe") / "run"
     with subprocess.Popen(command(out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as first:
         try:
-            limit = time.monotonic() + 400
+            limit = time.monotonic() + 700
             while not any(step["step"] >= 3 for step in read_steps(out / "rl" / METRICS)):
                 assert first.poll() is None, first.stderr.read()
                 assert time.monotonic() < limit, (out / "rl" / "log.txt").read_text()[-2000:]
@@ -54,14 +54,14 @@ def out(tmp_path_factory) -> Path:
     with suppress(psutil.NoSuchProcess):  # it gets SIGTERM when its parent is gone, and saves
         psutil.Process(trainer["pid"]).wait(60)
     (out / "saved.txt").write_text(str(latest_step(out / "rl" / "checkpoints")))
-    second = subprocess.run(command(out), capture_output=True, text=True, timeout=500)
+    second = subprocess.run(command(out), capture_output=True, text=True, timeout=700)
     assert second.returncode == 0, second.stdout + second.stderr
     assert not psutil.pid_exists(trainer["pid"])
     (out / "second.txt").write_text(second.stdout)
     return out
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_the_trainer_of_a_killed_run_saves_and_the_next_run_goes_on_from_there(out):
     shown = (out / "second.txt").read_text()
     assert "coldstart: done before" in shown and "coldstart_agto: done before" in shown
