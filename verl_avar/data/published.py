@@ -143,3 +143,10 @@ def write(path: Path | str, schema: pa.Schema, rows: Iterator[dict]) -> None:
             file.add(row)
         if not file.count:
             raise ConfigError(f"{path}: the sources have no row with an image")
+
+
+def file_states(path: Path) -> list[tuple[str, int, int]]:
+    """(name, size, time of change) of a file, or of each file below a folder; empty for a hub name."""
+    files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+    states = ((str(each), each.stat()) for each in files if each.exists())
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in states]

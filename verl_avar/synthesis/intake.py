@@ -167,18 +167,11 @@ def names(sources) -> list[str]:
 
 def fingerprint(settings: dict) -> str:
     """A hash of the settings, the rules, and size and time of change of every local file that they name."""
-    from verl_avar.data.published import named
+    from verl_avar.data.published import file_states, named
 
     overlap = settings["overlap"]
     paths = [source["path"] for source in settings["sources"]]
     paths += [named(path)[0] for path in overlap["benchmarks"]] + overlap["hashes"]
-    files = [_state(Path(path).expanduser()) for path in paths]
+    files = [file_states(Path(path).expanduser()) for path in paths]
     told = json.dumps([RULES, settings, files], sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()[:32]
-
-
-def _state(path: Path) -> list:
-    """(name, size, time of change) of a file, or of each file below a folder; empty for a hub name."""
-    files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
-    states = ((str(each), each.stat()) for each in files if each.exists())
-    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in states]

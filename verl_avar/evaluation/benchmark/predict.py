@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from omegaconf import OmegaConf
 
-from verl_avar.calls.endpoint import CallFailed, Endpoint, EndpointError
+from verl_avar.calls.endpoint import CallFailed, Endpoint
 from verl_avar.calls.store import CALLS, FAILURES, Lines, Writer, call_key, writer_name
 from verl_avar.data.parquet import RowFile
 from verl_avar.data.schema import content_id
@@ -230,6 +230,3 @@ def result(case: Case, call: dict | None, score: Callable) -> dict:
         "attention_tokens": attention.get("tokens"),
         "seconds": call["seconds"],
     }
-
-
-__all__ = ["EndpointError", "Settings", "predict", "read_questions", "write_questions", "write_results"]

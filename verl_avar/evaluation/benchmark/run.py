@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,7 +13,8 @@ from typing import Any
 
 from rich.console import Console
 
-from verl_avar.errors import ConfigError
+from verl_avar.calls.store import CALLS, Lines, locked, write_whole
+from verl_avar.data.published import file_states
 from verl_avar.evaluation.benchmark.definition import Benchmark
 from verl_avar.evaluation.benchmark.load import load
 from verl_avar.evaluation.benchmark.predict import (
@@ -84,7 +83,7 @@ def run(plan: Plan, model: Model, console: Console) -> Path:
         attention=plan.attention,
     )
     protocols = {benchmark.name: benchmark.protocol for benchmark in plan.benchmarks}
-    with _alone(folder):
+    with locked(folder):
         count, broken = _questions(plan, folder)
         total = count * len(plan.conditions) * plan.repeats
         left = unanswered(folder, settings, protocols)
@@ -107,7 +106,8 @@ def run(plan: Plan, model: Model, console: Console) -> Path:
                 }
                 failed = predict(folder, settings, protocols, endpoint, advance)
         write_results(folder, settings, protocols)
-        _write(folder / SUMMARY_FILE, summary(plan, model, settings, count, broken))
+        about = summary(plan, model, settings, count, broken)
+        write_whole(folder / SUMMARY_FILE, json.dumps(about, indent=1, ensure_ascii=False))
     if failed:
         console.print(f"{model.name}: {failed} answers did not come; the same command asks again", highlight=False)
     return folder
@@ -115,8 +115,6 @@ def run(plan: Plan, model: Model, console: Console) -> Path:
 
 def unanswered(folder: Path, settings: Settings, protocols: Mapping[str, str]) -> int:
     """How many cases have no stored answer."""
-    from verl_avar.calls.store import CALLS, Lines
-
     with Lines(folder / CALLS) as stored:
         return sum(stored.get(case.key) is None for case in cases(folder, settings, dict(protocols)))
 
@@ -151,7 +149,7 @@ def _questions(plan: Plan, folder: Path) -> tuple[int, int]:
     told = json.dumps(
         [
             [asdict(benchmark) for benchmark in plan.benchmarks],
-            _state(plan.data),
+            [] if plan.data is None else file_states(plan.data),
             plan.limit,
             plan.allow_broken,
         ],
@@ -173,27 +171,8 @@ def _questions(plan: Plan, folder: Path) -> tuple[int, int]:
         ),
         folder,
     )
-    _write(path, {"from": told, "questions": count, "broken": len(broken)})
+    write_whole(path, json.dumps({"from": told, "questions": count, "broken": len(broken)}))
     return count, len(broken)
-
-
-def _state(path: Path | None) -> list:
-    if path is None:
-        return []
-    files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
-    return [(str(each), each.stat().st_size, each.stat().st_mtime_ns) for each in files if each.exists()]
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keeps a model's folder to one run."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{folder}: another run is writing here; wait for it, or name another --out") from None
-        yield
 
 
 @contextmanager
@@ -203,9 +182,3 @@ def _bar(title: str, total: int, console: Console) -> Iterator:
     with Progress(console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task(title, total=total)
         yield lambda done: progress.advance(bar, done)
-
-
-def _write(path: Path, value: dict) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
-    part.replace(path)
