@@ -14,6 +14,7 @@ import pickle
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -105,14 +106,16 @@ def run_on_ray(
         _start(address, workers)
     try:
         counts = Counter()
-        for result in _results(blocks, (pickle.dumps(part), str(out), run_block), workers):
-            if isinstance(result, Exception):
-                raise result
-            rows, found = result
-            progress(rows)
-            counts.update(found)
-            if stopped():
-                break
+        # Closed before Ray is: a thread of Ray Data that finds Ray gone ends the whole process, without a word.
+        with closing(_results(blocks, (pickle.dumps(part), str(out), run_block), workers)) as results:
+            for result in results:
+                if isinstance(result, Exception):
+                    raise result
+                rows, found = result
+                progress(rows)
+                counts.update(found)
+                if stopped():
+                    break
         return dict(counts)
     except RayError as error:  # its whole text carries the stacks of every process on the way
         text = " ".join(str(error).split("\n")[0].split())
