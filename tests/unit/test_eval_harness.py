@@ -29,7 +29,6 @@ from starlette.routing import Route
 
 from verl_avar.errors import ConfigError
 from verl_avar.evaluation.benchmark.harness import lmms_eval, vlmevalkit
-from verl_avar.evaluation.benchmark.harness.answer_part import NO_ANSWER, answer_part
 from verl_avar.evaluation.benchmark.harness.launch import HarnessFailed, environment, launch, members
 from verl_avar.evaluation.benchmark.harness.proxy import Proxy, serving
 from verl_avar.evaluation.benchmark.harness.reading import Verdict, agreement, match, result_rows
@@ -40,6 +39,7 @@ from verl_avar.evaluation.benchmark.harness.settings import (
     Protocol,
     harness_python,
 )
+from verl_avar.evaluation.benchmark.harness.shown import NO_ANSWER, shown
 from verl_avar.evaluation.benchmark.schema import QUESTIONS, RESULTS
 
 SAMPLES = Path(__file__).parent / "harness_samples"
@@ -138,15 +138,15 @@ def content(reply: httpx.Response) -> str:
         ("<think>A or", "stop", NO_ANSWER),
         ("<think>A</think>So B.", "stop", "So B."),
         ("<think>A</think>So", "length", NO_ANSWER),
-        ("<think>A</think><answer>B", "stop", NO_ANSWER),
+        ("<think>A</think><answer>B", "stop", "B"),
         ("<answer>B</answer> and then on and", "length", "B"),
         ("B", "stop", "B"),
         ("<answer> </answer>", "stop", NO_ANSWER),
         ("", "stop", NO_ANSWER),
     ],
 )
-def test_only_the_finished_answer_is_shown_to_a_harness(response, finish, part):
-    assert answer_part(response, finish) == part
+def test_what_our_rules_read_is_shown_to_a_harness(response, finish, part):
+    assert shown(response, finish) == part
 
 
 def test_a_harness_gets_the_answer_and_the_store_the_whole_response(tmp_path):
@@ -294,7 +294,7 @@ def test_results_have_our_verdict_and_the_harness_own(tmp_path):
     assert (ours["vas"], ours["visual_ratio"], ours["completion_tokens"]) == (2.0, 0.5, 3)
     assert (failed["problem"], failed["right"], failed["response"]) == ("failed", None, None)
     cut = result_rows(asked[:1], [Verdict("B", True)], [records[0] | {"finish": "length"}], "kit 1")
-    assert [row["problem"] for row in cut] == ["truncated", None]
+    assert [row["problem"] for row in cut] == [None, None]  # it was answered before the limit
     (line,) = agreement(rows)
     assert (line["scored"], line["rules"], line["theirs"]) == (1, 1, 0)
     assert [one["id"] for one in line["disagree"]] == ["0"]
@@ -427,7 +427,7 @@ def test_what_is_missing_is_said_with_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setenv("AVAR_EVAL_PYTHON", str(tmp_path))
     with pytest.raises(ConfigError, match="no Python interpreter"):
         harness_python()
-    with pytest.raises(ConfigError, match=r"HarnessSettings\.path"):
+    with pytest.raises(ConfigError, match=r"--harness-path"):
         vlmevalkit.checkout(tmp_path)
     with pytest.raises(ConfigError, match="there is no None"):
         lmms_eval.read_questions(None, "toy")

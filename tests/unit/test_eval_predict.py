@@ -14,7 +14,14 @@ from PIL import Image
 from verl_avar.cli import main
 from verl_avar.errors import ConfigError
 from verl_avar.evaluation.benchmark import conditions
-from verl_avar.evaluation.benchmark.predict import Settings, cases, predict, read_questions, write_results
+from verl_avar.evaluation.benchmark.predict import (
+    RESULTS_FILE,
+    Settings,
+    cases,
+    predict,
+    read_questions,
+    write_results,
+)
 from verl_avar.evaluation.benchmark.run import folder_name
 
 SCORES = {"ratio": 0.5, "share": 0.3, "visual_mass": 0.2, "system_mass": 0.4, "vas": 0.6, "n": 3}
@@ -169,7 +176,8 @@ def test_another_checkpoint_of_the_same_name_is_asked_anew(evaluate, server, tmp
     assert "vllm_xargs" not in server.bodies[-1]
     keys = [case.key for case in cases(folder, settings, {"mmstar": "think"})]
     assert len(set(keys)) == len(keys) == len(questions)
-    assert write_results(folder, settings, {"mmstar": "think"}).exists()
+    (folder / RESULTS_FILE).unlink()
+    assert write_results(folder, settings, {"mmstar": "think"}) is None and (folder / RESULTS_FILE).exists()
 
 
 def test_names_of_models_become_names_of_folders():

@@ -14,6 +14,7 @@ from pathlib import Path
 from verl_avar.errors import ConfigError
 from verl_avar.evaluation.options import positive
 
+HARNESSES = ("vlmevalkit", "lmms-eval")
 CONTROLS = "no_image,grey_image,other_image,blackout"
 
 
@@ -51,6 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=positive, metavar="N", help="the first N questions of each part, to try")
     parser.add_argument("--allow-broken", action="store_true", help="leave out rows that are no question, and say so")
     parser.add_argument("--concurrency", type=positive, default=16, help="requests at a time (16)")
+    parser.add_argument("--judge", metavar="URL", help="http://HOST:PORT/v1 of a model that judges (rules alone do)")
+    parser.add_argument("--judge-model", metavar="NAME", help="the judge's name there")
+    parser.add_argument("--judge-key-env", metavar="VAR", help="environment variable with the judge's key")
+    parser.add_argument("--harness", choices=HARNESSES, help="has it load, prompt and score (our own runner)")
+    parser.add_argument("--harness-path", type=Path, help="VLMEvalKit's checkout")
+    parser.add_argument("--harness-python", type=Path, help="bin/python of the harnesses' environment (.venv-eval's)")
     parser.add_argument("--published", metavar="ROW", help="row of the paper's table to set the base beside")
     parser.add_argument("--serve", default="", metavar="OPTIONS", help="options of `avar serve`, in quotes")
 
@@ -60,6 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from verl_avar.calls.endpoint import EndpointError
+    from verl_avar.evaluation.benchmark.harness.launch import HarnessFailed
 
     console = Console()
     try:
@@ -73,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (EndpointError, OSError) as error:
+    except (EndpointError, HarnessFailed, OSError) as error:
         print(f"error: {error}. The same command goes on from here", file=sys.stderr)
         return 1
 
@@ -102,10 +110,11 @@ def _evaluate(arguments: argparse.Namespace, console) -> int:
     if arguments.repeats > 1 and arguments.temperature == 0:
         raise ConfigError("--repeats of greedy answers are all the same: set --temperature")
     suite = Path(arguments.suite).stem
+    folder = f"{suite}-{arguments.harness}" if arguments.harness else suite
     plan = Plan(
         suite=suite,
         benchmarks=load_suite(arguments.suite),
-        out=arguments.out or Path("runs/eval") / suite,
+        out=arguments.out or Path("runs/eval") / folder,
         data=arguments.data,
         limit=arguments.limit,
         allow_broken=arguments.allow_broken,
@@ -117,9 +126,28 @@ def _evaluate(arguments: argparse.Namespace, console) -> int:
         attention=arguments.attention,
         concurrency=arguments.concurrency,
         serve=shlex.split(arguments.serve),
+        judge=judge(arguments),
     )
-    folders = [run_model(plan, model, console) for model in models(arguments)]
+    if arguments.harness:
+        from verl_avar.evaluation.benchmark.harness.suite import Harness
+        from verl_avar.evaluation.benchmark.harness.suite import run as run_harness
+
+        harness = Harness(arguments.harness, arguments.harness_path, arguments.harness_python)
+        folders = [run_harness(plan, model, harness, console) for model in models(arguments)]
+    else:
+        folders = [run_model(plan, model, console) for model in models(arguments)]
     return report(folders, plan.out / "report", console, arguments.published)
+
+
+def judge(arguments: argparse.Namespace):
+    """The judge that is named, or None. Raises ConfigError for half a one."""
+    from verl_avar.evaluation.benchmark.judge import Judge
+
+    if not arguments.judge and not arguments.judge_model:
+        return None
+    if not (arguments.judge and arguments.judge_model):
+        raise ConfigError("a judge is named by both --judge http://HOST:PORT/v1 and --judge-model NAME")
+    return Judge(arguments.judge, arguments.judge_model, arguments.judge_key_env)
 
 
 def models(arguments: argparse.Namespace) -> list:

@@ -31,6 +31,7 @@ class Part:
     name: str
     questions: int  # as its publisher counts them
     tsv: str | None = None  # VLMEvalKit's file
+    vlmevalkit: str | None = None  # its class that reads and scores such a file, whatever its name
     hub: str | None = None
     path: str | None = None  # of the file or folder with the rows in the hub's repository
     config: str | None = None  # of the hub name

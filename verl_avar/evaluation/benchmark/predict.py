@@ -2,7 +2,8 @@
 
 FOLDER/questions.parquet     what is asked (schema.QUESTIONS)
 FOLDER/calls/, failures/     answered calls, and those that no attempt got an answer to (append-only, by content hash)
-FOLDER/results.parquet       schema.RESULTS: a function of questions, stored answers and scoring rules alone
+FOLDER/judge/                replies of a judge, where one is asked
+FOLDER/results.parquet       schema.RESULTS: a function of questions, what is stored and scoring rules alone
 
 Calls are made in any order and at any time: a run that is killed, or whose server is, goes on with what is missing, and
 the results are the same.
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 from omegaconf import OmegaConf
@@ -30,7 +31,10 @@ from verl_avar.evaluation.benchmark.conditions import biases, changed, donors
 from verl_avar.evaluation.benchmark.prompts import messages, text_messages
 from verl_avar.evaluation.benchmark.schema import PLAIN, QUESTIONS, RESULTS
 
-QUESTIONS_FILE, RESULTS_FILE = "questions.parquet", "results.parquet"
+QUESTIONS_FILE, RESULTS_FILE, JUDGE = "questions.parquet", "results.parquet", "judge"
+if TYPE_CHECKING:
+    from verl_avar.evaluation.benchmark.judge import Judge, Verdict
+
 GROUP = 64  # rows of a row group, and read at a time
 TAGGED = ("think", "miniature")  # protocols that ask for <answer>
 ATTENTION = ("off", "summary", "tokens")
@@ -188,20 +192,43 @@ def _counted(answer: dict | None, progress: Callable[[int], None]) -> bool:
     return answer is None
 
 
-def write_results(folder: Path, settings: Settings, protocols: dict[str, str]) -> Path:
-    """Scores every case by the rules and writes FOLDER/results.parquet; a case without an answer is `failed`."""
+def write_results(
+    folder: Path, settings: Settings, protocols: dict[str, str], judge: Judge | None = None
+) -> dict[str, Any] | None:
+    """Scores every case and writes FOLDER/results.parquet; a case without an answer is `failed`.
+
+    judge: asked about every answer, its replies kept in FOLDER/judge; returns its counts (`judge.judge_all`, and its
+    `name`), None without one: rules decide.
+    """
     from verl_avar.evaluation.benchmark.score import score
 
     path = folder / RESULTS_FILE
-    with Lines(folder / CALLS) as stored, RowFile(path, RESULTS, 256) as file:
-        for case in cases(folder, settings, protocols):
-            call = stored.get(case.key)
-            file.add(result(case, call, score))
-    return path
+    with Lines(folder / CALLS) as stored:
+        verdicts, counts = _judged(cases(folder, settings, protocols), stored, judge, folder) if judge else ({}, None)
+        with RowFile(path, RESULTS, 256) as file:
+            for case in cases(folder, settings, protocols):
+                file.add(result(case, stored.get(case.key), score, verdicts.get(case.key)))
+    return counts
 
 
-def result(case: Case, call: dict | None, score: Callable) -> dict:
-    """A row of schema.RESULTS. call: the stored answer, or None."""
+def _judged(asked: Iterable[Case], stored: Lines, judge: Judge, folder: Path) -> tuple[dict[str, Verdict], dict]:
+    """Verdicts by the key of a case, and the judge's counts."""
+    from verl_avar.evaluation.benchmark.judge import Item, judge_all
+    from verl_avar.evaluation.benchmark.score import score
+
+    items = {}
+    for case in asked:
+        call = stored.get(case.key)
+        if call is not None and call["finish"] != "bad_request":
+            question = {name: case.question[name] for name in ("question", "choices", "answer", "answer_type", "meta")}
+            scored = score(question, call["text"], call["finish"], tagged=case.protocol in TAGGED)
+            items[case.key] = Item(question, call["text"], call["finish"], scored)
+    verdicts, counts = judge_all(list(items.values()), judge, folder / JUDGE)
+    return dict(zip(items, verdicts, strict=True)), {"name": judge.model} | counts
+
+
+def result(case: Case, call: dict | None, score: Callable, verdict: Verdict | None = None) -> dict:
+    """A row of schema.RESULTS. call: the stored answer, or None. verdict: where a judge was asked."""
     question = case.question
     row = {
         **{name: question[name] for name in ("benchmark", "id", "meta", "answer", "answer_type")},
@@ -212,7 +239,10 @@ def result(case: Case, call: dict | None, score: Callable) -> dict:
     }
     if call is None or call["finish"] == "bad_request":
         return row | {"problem": "failed", "finish": call and call["text"]}
-    judged = score(question, call["text"], call["finish"], tagged=case.protocol in TAGGED)
+    if verdict is None:
+        judged = score(question, call["text"], call["finish"], tagged=case.protocol in TAGGED)
+    else:
+        judged, row["scored_by"] = verdict.score, verdict.scored_by
     attention = call.get("attention") or {}
     return row | {
         "response": call["text"],

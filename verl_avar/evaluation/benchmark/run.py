@@ -16,6 +16,7 @@ from rich.console import Console
 from verl_avar.calls.store import CALLS, Lines, locked, write_whole
 from verl_avar.data.published import file_states
 from verl_avar.evaluation.benchmark.definition import Benchmark
+from verl_avar.evaluation.benchmark.judge import RULES, Judge
 from verl_avar.evaluation.benchmark.load import load
 from verl_avar.evaluation.benchmark.predict import (
     QUESTIONS_FILE,
@@ -50,6 +51,7 @@ class Plan:
     concurrency: int = 16
     timeout_s: float = 1800.0
     serve: Sequence[str] = ()  # options of `avar serve`, where it is started here
+    judge: Judge | None = None  # None: rules alone decide
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def run(plan: Plan, model: Model, console: Console) -> Path:
     )
     protocols = {benchmark.name: benchmark.protocol for benchmark in plan.benchmarks}
     with locked(folder):
-        count, broken = _questions(plan, folder)
+        count, broken = questions(plan, folder)
         total = count * len(plan.conditions) * plan.repeats
         left = unanswered(folder, settings, protocols)
         console.print(
@@ -97,7 +99,7 @@ def run(plan: Plan, model: Model, console: Console) -> Path:
             server = (
                 nullcontext(model.url) if model.url else served(model.path, sent, folder / "server.txt", plan.serve)
             )
-            with server as url, _bar(f"{model.name}", total, console) as advance:
+            with server as url, bar(f"{model.name}", total, console) as advance:
                 endpoint = {
                     "base_url": url,
                     "api_key_env": model.api_key_env,
@@ -105,12 +107,25 @@ def run(plan: Plan, model: Model, console: Console) -> Path:
                     "timeout_s": plan.timeout_s,
                 }
                 failed = predict(folder, settings, protocols, endpoint, advance)
-        write_results(folder, settings, protocols)
-        about = summary(plan, model, settings, count, broken)
+        judged = write_results(folder, settings, protocols, plan.judge)
+        about = summary(plan, model, count, broken) | ({"judge": judged} if judged else {})
         write_whole(folder / SUMMARY_FILE, json.dumps(about, indent=1, ensure_ascii=False))
     if failed:
         console.print(f"{model.name}: {failed} answers did not come; the same command asks again", highlight=False)
+    if judged:
+        console.print(f"{model.name}: {said(judged)}", highlight=False)
     return folder
+
+
+def said(judged: Mapping[str, Any]) -> str:
+    """The counts of judge.judge_all as a line."""
+    line = f"{judged['judged']:,} answers judged by {judged['name']}"
+    if judged["models"] and judged["models"] != [judged["name"]]:
+        line += f" (which calls itself {', '.join(judged['models'])})"
+    line += f", {judged['only_judge'] + judged['only_rules']:,} of them against the rules"
+    for kind, words in (("unreadable", "verdicts that can't be read"), ("failed", "that did not come")):
+        line += f"; {judged[kind]:,} {words}: the rules count" if judged[kind] else ""
+    return line
 
 
 def unanswered(folder: Path, settings: Settings, protocols: Mapping[str, str]) -> int:
@@ -119,7 +134,7 @@ def unanswered(folder: Path, settings: Settings, protocols: Mapping[str, str]) -
         return sum(stored.get(case.key) is None for case in cases(folder, settings, dict(protocols)))
 
 
-def summary(plan: Plan, model: Model, settings: Settings, count: int, broken: int) -> dict:
+def summary(plan: Plan, model: Model, count: int, broken: int) -> dict:
     """What a reader must know to judge the results."""
     return {
         "model": model.path,
@@ -128,7 +143,7 @@ def summary(plan: Plan, model: Model, settings: Settings, count: int, broken: in
         "protocol": plan.protocol or "each benchmark's own",
         "harness": "native",
         "server": "started here" if model.url is None else model.url,
-        "sampling": dict(settings.sampling),
+        "sampling": dict(plan.sampling),
         "seed": plan.seed,
         "repeats": plan.repeats,
         "conditions": list(plan.conditions),
@@ -139,12 +154,12 @@ def summary(plan: Plan, model: Model, settings: Settings, count: int, broken: in
             benchmark.name: {"title": benchmark.title, "questions": benchmark.questions, "metric": benchmark.metric}
             for benchmark in plan.benchmarks
         },
-        "scored_by": "rules",
+        "scored_by": RULES if plan.judge is None else f"{plan.judge.model}, where its verdict can't be read {RULES}",
         "versions": {name: version(name) for name in ("verl_avar", "math-verify", "openai")},
     }
 
 
-def _questions(plan: Plan, folder: Path) -> tuple[int, int]:
+def questions(plan: Plan, folder: Path) -> tuple[int, int]:
     """Writes questions.parquet unless that was done from the same copies; returns questions and broken rows."""
     told = json.dumps(
         [
@@ -176,7 +191,7 @@ def _questions(plan: Plan, folder: Path) -> tuple[int, int]:
 
 
 @contextmanager
-def _bar(title: str, total: int, console: Console) -> Iterator:
+def bar(title: str, total: int, console: Console) -> Iterator:
     from rich.progress import Progress
 
     with Progress(console=console, disable=not console.is_terminal) as progress:

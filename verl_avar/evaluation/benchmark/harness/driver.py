@@ -10,7 +10,7 @@ from pathlib import Path
 from verl_avar.calls.store import CALLS, Lines, locked
 from verl_avar.evaluation.benchmark.harness.launch import HarnessFailed, environment, launch
 from verl_avar.evaluation.benchmark.harness.proxy import Proxy, serving
-from verl_avar.evaluation.benchmark.harness.reading import Score, Verdict, agreement, result_rows, write_results
+from verl_avar.evaluation.benchmark.harness.reading import Rules, Verdict, agreement, result_rows, write_results
 from verl_avar.evaluation.benchmark.harness.settings import HarnessSettings
 
 MODEL = "avar"  # the harness's name of the model: some names make a harness change its requests
@@ -25,7 +25,7 @@ def drive(
     questions: dict[str, Sequence[dict]],
     command: Command,
     read: Read,
-    score: Score,
+    rules: Rules,
 ) -> Path:
     """Runs a harness once for each repeat; returns OUT/harness/NAME/results.parquet.
 
@@ -41,7 +41,10 @@ def drive(
             if raw.exists():  # a harness would take up predictions of another protocol; our store has the answers
                 shutil.rmtree(raw)
             raw.mkdir()
-            proxy = Proxy(out, settings.server, settings.protocol, repeat, settings.judge, settings.timeout_s)
+            proxy = Proxy(
+                out, settings.server, settings.protocol, repeat, settings.judge, settings.timeout_s,
+                settings.identity, settings.progress,
+            )  # fmt: skip
             with serving(proxy) as address:
                 words, variables = command(address, raw)
                 launch(words, environment(settings, address) | variables, log, raw)
@@ -53,11 +56,12 @@ def drive(
                 if not verdicts:
                     raise HarnessFailed(f"{scored_by} wrote no prediction for {benchmark}: see the end of {log}")
                 found = [verdicts.get(question["id"]) for question in asked]
-                rows += result_rows(asked, found, records, scored_by, repeat, score)
+                rows += result_rows(asked, found, records, scored_by, repeat, rules)
         path = write_results(out / "results.parquet", rows)
         about = {"harness": scored_by, "calls": counts, "agreement": agreement(rows)}
         about["judge"] = settings.judge.model if settings.judge else None
         scored = {row["benchmark"] for row in rows if row["scored_by"] == scored_by}
-        about["unscored"] = sorted(set(questions) - scored)  # by the harness: its scorer failed, or wants a judge
+        asked_about = {question["benchmark"] for rows_of in questions.values() for question in rows_of}
+        about["unscored"] = sorted(asked_about - scored)  # by the harness: its scorer failed, or wants a judge
         (out / "harness.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n")
     return path

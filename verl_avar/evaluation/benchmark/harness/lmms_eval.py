@@ -10,33 +10,34 @@ from pathlib import Path
 
 from verl_avar.errors import ConfigError
 from verl_avar.evaluation.benchmark.harness.driver import MODEL, drive
-from verl_avar.evaluation.benchmark.harness.reading import Score, Verdict, by_default_rules
-from verl_avar.evaluation.benchmark.harness.settings import HarnessSettings, harness_python
+from verl_avar.evaluation.benchmark.harness.reading import Rules, Verdict
+from verl_avar.evaluation.benchmark.harness.settings import LONG_ANSWER, HarnessSettings, harness_python
+from verl_avar.evaluation.benchmark.score import score
 
 FAILED = ("[LMMS_EVAL_REQUEST_FAILED", "[LMMS_EVAL_BUDGET_EXCEEDED]")
 TASK_FILE = Path(__file__).with_name("lmms_task.py")
 METRIC = "accuracy"
 
 
-def run(settings: HarnessSettings, score: Score = by_default_rules) -> Path:
+def run(settings: HarnessSettings, rules: Rules = score) -> Path:
     """Drives lmms-eval over Parquet files of schema.QUESTIONS; returns results.parquet (see driver.drive).
 
     Raises ConfigError for a wrong setting, driver's HarnessFailed where the harness fails.
     """
     python = harness_python(settings.python)
-    questions = {one.name: read_questions(one.file, one.name) for one in settings.benchmarks}
+    questions = {one.name: one.questions or read_questions(one.file, one.name) for one in settings.benchmarks}
     files = {one.name: one.file.absolute() for one in settings.benchmarks}
 
     def prepared(proxy: str, raw: Path) -> tuple[list[str], dict[str, str]]:
         tasks = raw / "tasks"
         for name, file in files.items():
-            write_task(tasks / name, name, file, settings.protocol.max_tokens)
+            write_task(tasks / name, name, file, settings.protocol.max_tokens or LONG_ANSWER)
         return command(python, settings, proxy, raw), {"HF_DATASETS_CACHE": str(raw / "cache")}
 
     def verdicts(name: str, raw: Path) -> dict[str, Verdict]:
         return read_samples(raw / "predictions", name, [question["id"] for question in questions[name]])
 
-    return drive("lmms-eval", f"lmms-eval {version(python)}", settings, questions, prepared, verdicts, score)
+    return drive("lmms-eval", f"lmms-eval {version(python)}", settings, questions, prepared, verdicts, rules)
 
 
 def command(python: Path, settings: HarnessSettings, proxy: str, raw: Path) -> list[str]:
@@ -50,7 +51,8 @@ def command(python: Path, settings: HarnessSettings, proxy: str, raw: Path) -> l
         "max_retries": 3,
         "httpx_trust_env": False,
     }
-    generation = f"max_new_tokens={protocol.max_tokens},temperature={protocol.temperature},top_p={protocol.top_p}"
+    limit = protocol.max_tokens or LONG_ANSWER
+    generation = f"max_new_tokens={limit},temperature={protocol.temperature},top_p={protocol.top_p}"
     words = [str(python), "-m", "lmms_eval", "--model", "openai"]
     words += ["--model_args", ",".join(f"{name}={value}" for name, value in model.items())]
     words += ["--tasks", ",".join(one.name for one in settings.benchmarks), "--include_path", str(raw / "tasks")]

@@ -5,6 +5,7 @@ rules: choices by its `extract_mcq_answer`, yes or no as its task mme does, all 
 """
 
 import io
+import json
 import string
 
 IMAGE = "<image>"
@@ -18,8 +19,9 @@ def doc_to_visual(doc):
 
 
 def doc_to_text(doc, lmms_eval_specific_kwargs=None):
-    """The question and its options, with a placeholder for each image."""
-    options = zip(string.ascii_uppercase, doc["choices"], strict=False)
+    """The question and its options, unless these are drawn in the image, with a placeholder for each image."""
+    drawn = json.loads(doc["meta"] or "{}").get("options_in_image")
+    options = zip(string.ascii_uppercase, () if drawn else doc["choices"], strict=False)
     return "\n".join([doc["question"], *(f"{letter}. {text}" for letter, text in options)])
 
 

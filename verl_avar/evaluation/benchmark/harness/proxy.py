@@ -1,6 +1,6 @@
 """Between a harness and a server: chat completions in one protocol; whole responses are kept, answers passed on.
 
-POST /v1/chat/completions         to the server, as `Protocol` says; the harness gets `answer_part` of the response
+POST /v1/chat/completions         to the server, as `Protocol` says; the harness gets what is `shown` of the response
 POST /judge/v1/chat/completions   to the named judge; 403 where there is none
 GET  /v1/models                   the one model
 
@@ -15,16 +15,16 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from verl_avar.calls.store import CALLS, Lines, Writer, call_key, writer_name
-from verl_avar.evaluation.benchmark.harness.answer_part import answer_part
 from verl_avar.evaluation.benchmark.harness.prints import image_print
 from verl_avar.evaluation.benchmark.harness.replies import completion, error, said
 from verl_avar.evaluation.benchmark.harness.settings import Endpoint, Protocol
+from verl_avar.evaluation.benchmark.harness.shown import shown
 
 START_S = 30.0
 JUDGE_ROUTE = "/judge/v1"
@@ -41,12 +41,15 @@ class Proxy:
         repeat: int = 0,
         judge: Endpoint | None = None,
         timeout_s: float = 1800.0,
+        identity: str = "",
+        progress: Callable[[int], Any] = lambda answered: None,
     ):
         import httpx
         from starlette.applications import Starlette
         from starlette.routing import Route
 
         self.server, self.protocol, self.repeat, self.judge = server, protocol, repeat, judge
+        self.identity, self.progress = identity, progress
         self.headers = server.headers()
         self.judge_headers = judge.headers() if judge else {}
         self.counts: Counter[str] = Counter()
@@ -74,12 +77,13 @@ class Proxy:
         if asked.get("stream") or asked.get("n", 1) != 1:
             return error(400, "ask for one answer, not streamed")
         body = self.body(asked)
-        key = call_key("answer", body, self.repeat)
+        key = call_key("answer", body, self.repeat, self.identity)
         record = await self._once(key, self.server, self.headers, body)
         if "error" in record:
             return error(record["status"], record["error"])
         self.answered[key] = None
-        return completion(body["model"], answer_part(record["response"], record["finish"]), record)
+        self.progress(1)
+        return completion(body["model"], shown(record["response"], record["finish"]), record)
 
     async def _judge(self, request):
         self.counts["judged"] += 1
@@ -96,10 +100,15 @@ class Proxy:
         return completion(body["model"], record["response"], record)
 
     def body(self, asked: dict) -> dict[str, Any]:
-        """The request that goes to the server; of the harness's own only its messages and a higher token limit stay."""
+        """The request that goes to the server; of the harness's own only its messages and a higher token limit stay.
+
+        Without a limit of the protocol's the server gives what the context leaves.
+        """
         protocol = self.protocol
-        limit = max(protocol.max_tokens, asked.get("max_tokens") or 0, asked.get("max_completion_tokens") or 0)
-        body = {"model": self.server.model, "messages": self.messages(asked["messages"]), "max_tokens": limit}
+        body = {"model": self.server.model, "messages": self.messages(asked["messages"])}
+        if protocol.max_tokens is not None:
+            theirs = asked.get("max_tokens") or 0, asked.get("max_completion_tokens") or 0
+            body["max_tokens"] = max(protocol.max_tokens, *theirs)
         body |= {"temperature": protocol.temperature, "top_p": protocol.top_p}
         if protocol.seed is not None and protocol.temperature > 0:
             body["seed"] = protocol.seed + self.repeat

@@ -7,25 +7,17 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-from verl_avar.evaluation.benchmark.harness.answer_part import NO_ANSWER, answer_part
 from verl_avar.evaluation.benchmark.harness.prints import bytes_print, distance
+from verl_avar.evaluation.benchmark.harness.shown import NO_ANSWER, shown
 from verl_avar.evaluation.benchmark.schema import PLAIN, RESULTS
+from verl_avar.evaluation.benchmark.score import Score, score
 
+RULES = "rules"  # `scored_by` of ours
 ALIKE = 8.0  # of 255: images that differ by no more are one image, encoded twice
 
 
-class Reading(NamedTuple):
-    """What our rules make of a response."""
-
-    extracted: str | None
-    right: bool | None
-    problem: str | None
-
-
-# (question, response, finish) -> what has the attributes of Reading. question: a row of schema.QUESTIONS.
-Score = Callable[[dict, str, str], Reading]
+Rules = Callable[[dict, str, str], Score]  # (row of schema.QUESTIONS, response, finish) -> what ours make of it
 
 
 @dataclass(frozen=True)
@@ -35,15 +27,6 @@ class Verdict:
     prediction: str
     right: bool | None
     extracted: str | None = None
-
-
-def by_default_rules(question: dict, response: str, finish: str) -> Reading:
-    """`evaluation.scoring.judge` as a Score."""
-    from verl_avar.evaluation.scoring import judge
-
-    found = judge(response, question["answer"])
-    problem = "no_answer" if found.answer is None else None if found.well_formed else "format"
-    return Reading(found.answer, found.right, "truncated" if finish == "length" else problem)
 
 
 def match(questions: Sequence[dict], verdicts: Sequence[Verdict | None], records: Iterable[dict]) -> list[dict | None]:
@@ -58,7 +41,7 @@ def match(questions: Sequence[dict], verdicts: Sequence[Verdict | None], records
     by_answer = defaultdict(list)
     for record in records:
         text = words(" ".join(turn["content"] for turn in record["messages"] if turn["role"] == "user"))
-        by_answer[answer_part(record["response"], record["finish"])].append((text, record))
+        by_answer[shown(record["response"], record["finish"])].append((text, record))
     used: dict[str, int] = defaultdict(int)
     found: list[dict | None] = []
     for question, verdict in zip(questions, verdicts, strict=True):
@@ -87,7 +70,7 @@ def result_rows(
     records: Iterable[dict],
     scored_by: str,
     repeat: int = 0,
-    score: Score = by_default_rules,
+    rules: Rules = score,
 ) -> list[dict]:
     """Two rows of schema.RESULTS a question: by our rules ("rules"), and the harness's where it scored.
 
@@ -100,7 +83,7 @@ def result_rows(
         common |= {name: question[name] for name in ("benchmark", "id", "answer", "answer_type", "meta")}
         common |= {"condition": PLAIN, "repeat": repeat}
         if verdict is None or record is None:
-            rows.append(common | {"scored_by": "rules", "problem": "failed"})
+            rows.append(common | {"scored_by": RULES, "problem": "failed"})
             continue
         attention = record["attention"] or {}
         kept = ("response", "finish", "prompt_tokens", "completion_tokens", "seconds")
@@ -112,16 +95,16 @@ def result_rows(
             "visual_ratio": attention.get("ratio"),
             "visual_share": attention.get("share"),
             "vas": attention.get("vas"),
+            "attention_tokens": attention.get("tokens"),
         }
-        ours = score(question, record["response"], record["finish"])
+        ours = rules(question, record["response"], record["finish"])
         ours = {"extracted": ours.extracted, "right": ours.right, "problem": ours.problem}
-        rows.append(common | ours | {"scored_by": "rules"})
+        rows.append(common | ours | {"scored_by": RULES})
         if verdict.right is not None:
-            shown = verdict.extracted or verdict.prediction
-            theirs = {"extracted": None if shown == NO_ANSWER else shown, "right": verdict.right}
-            rows.append(
-                common | theirs | {"scored_by": scored_by, "problem": None if shown != NO_ANSWER else ours["problem"]}
-            )
+            said = verdict.extracted or verdict.prediction
+            theirs = {"extracted": None if said == NO_ANSWER else said, "right": verdict.right}
+            problem = ours["problem"] if said == NO_ANSWER else None
+            rows.append(common | theirs | {"scored_by": scored_by, "problem": problem})
     return rows
 
 
@@ -149,9 +132,9 @@ def agreement(rows: Iterable[dict]) -> list[dict]:
     table: dict[tuple[str, str], dict] = {}
     for (benchmark, name, _), by in pairs.items():
         for harness, theirs in by.items():
-            if harness == "rules" or "rules" not in by:
+            if harness == RULES or RULES not in by:
                 continue
-            ours = by["rules"]
+            ours = by[RULES]
             empty = {"benchmark": benchmark, "harness": harness, "scored": 0, "rules": 0, "theirs": 0, "disagree": []}
             line = table.setdefault((benchmark, harness), empty)
             line["scored"] += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from verl_avar.errors import ConfigError
 
 ENVIRONMENT = ".venv-eval"  # beside .venv, as recipes/bootstrap.sh eval makes it
 PYTHON_VARIABLE = "AVAR_EVAL_PYTHON"
+LONG_ANSWER = 16384  # tokens, told to a harness that wants a limit where the protocol has none
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Protocol:
 
     system: str | None = SYSTEM  # replaces the harness's system turn; None leaves that
     template: str = "{question}"  # of the harness's own text
-    max_tokens: int = 16384  # at least: the harnesses' defaults cut a chain of thought at 128 or 1024 tokens
+    # At least so many: the harnesses' defaults cut a chain of thought at 128 or 1024. None: what the context leaves.
+    max_tokens: int | None = None
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None  # of repeat 0, sent where the temperature is above 0; the n-th repeat adds n
@@ -61,6 +64,9 @@ class Benchmark:
     name: str
     file: Path | None = None
     kind: str | None = None
+    # What is in the file, as rows of schema.QUESTIONS in its order; None: it is read from there.
+    questions: Sequence[dict] | None = None
+    prefix: str = ""  # of an id, before what the harness calls the question
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,8 @@ class HarnessSettings:
     concurrency: int = 8
     timeout_s: float = 1800.0  # of one answer
     repeats: int = 1
+    identity: str = ""  # of the model's weights: other weights under the same name are asked anew
+    progress: Callable[[int], Any] = lambda answered: None  # told of each answer, stored or new
 
 
 def harness_python(python: Path | None = None) -> Path:
@@ -95,7 +103,7 @@ def harness_python(python: Path | None = None) -> Path:
             return path
     raise ConfigError(
         f"the harnesses have an environment of their own, and there is no {ENVIRONMENT}: make it by "
-        f"`bash recipes/bootstrap.sh eval`, or name its interpreter in HarnessSettings.python or {PYTHON_VARIABLE}"
+        f"`bash recipes/bootstrap.sh eval`, or name its interpreter by --harness-python or {PYTHON_VARIABLE}"
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
@@ -13,8 +12,15 @@ from pathlib import Path
 from verl_avar.errors import ConfigError
 from verl_avar.evaluation.benchmark.harness.driver import MODEL, drive
 from verl_avar.evaluation.benchmark.harness.proxy import JUDGE_ROUTE
-from verl_avar.evaluation.benchmark.harness.reading import Score, Verdict, by_default_rules
-from verl_avar.evaluation.benchmark.harness.settings import Benchmark, HarnessSettings, commit_of, harness_python
+from verl_avar.evaluation.benchmark.harness.reading import Rules, Verdict
+from verl_avar.evaluation.benchmark.harness.settings import (
+    LONG_ANSWER,
+    Benchmark,
+    HarnessSettings,
+    commit_of,
+    harness_python,
+)
+from verl_avar.evaluation.benchmark.score import score
 
 FAILED = "Failed to obtain answer via API."
 OWN_PACKAGES = "vlmevalkit"  # folder of the environment with packages that lmms-eval cannot stand
@@ -25,7 +31,7 @@ RIGHT = ("1", "1.0", "True")
 VERDICTS = (("_{judge}_result.tsv", "hit", None), ("_auxmatch.tsv", "score", "extracted"))
 
 
-def run(settings: HarnessSettings, score: Score = by_default_rules) -> Path:
+def run(settings: HarnessSettings, rules: Rules = score) -> Path:
     """Drives VLMEvalKit over TSV files in its format; returns results.parquet (see driver.drive).
 
     Its rule-only mode scores choices and yes/no. Other classes need a judge: without one there are predictions and our
@@ -33,7 +39,8 @@ def run(settings: HarnessSettings, score: Score = by_default_rules) -> Path:
     """
     python, source = harness_python(settings.python), checkout(settings.path)
     scored_by = f"vlmevalkit {version(source)} ({commit_of(source)})"
-    questions = {one.name: read_tsv(one) for one in settings.benchmarks}
+    questions = {one.name: one.questions or read_tsv(one) for one in settings.benchmarks}
+    prefixes = {one.name: one.prefix for one in settings.benchmarks}
 
     def prepared(proxy: str, raw: Path) -> tuple[list[str], dict[str, str]]:
         data = raw / "LMUData"
@@ -46,8 +53,12 @@ def run(settings: HarnessSettings, score: Score = by_default_rules) -> Path:
         return command(python, source, settings, proxy, raw), variables
 
     judge = settings.judge.model if settings.judge else RULES
-    read = functools.partial(read_predictions, judge=judge)
-    return drive("vlmevalkit", scored_by, settings, questions, prepared, read, score)
+
+    def verdicts(name: str, raw: Path) -> dict[str, Verdict]:
+        found = read_predictions(name, raw, judge)
+        return {prefixes[name] + index: verdict for index, verdict in found.items()}
+
+    return drive("vlmevalkit", scored_by, settings, questions, prepared, verdicts, rules)
 
 
 def command(python: Path, source: Path, settings: HarnessSettings, proxy: str, raw: Path) -> list[str]:
@@ -58,14 +69,14 @@ def command(python: Path, source: Path, settings: HarnessSettings, proxy: str, r
     if kinds := {one.name: {"class": one.kind, "dataset": one.name} for one in settings.benchmarks if one.kind}:
         words += ["--data-config", json.dumps(kinds)]
     words += ["--api-nproc", str(settings.concurrency), "--retry", "3", "--timeout", str(int(settings.timeout_s))]
-    words += ["--max-tokens", str(protocol.max_tokens), "--temperature", str(protocol.temperature)]
+    words += ["--max-tokens", str(protocol.max_tokens or LONG_ANSWER), "--temperature", str(protocol.temperature)]
     words += ["--judge", judge.model if judge else RULES, "--judge-retry", "3"]
     return [*words, "--judge-base-url", f"{proxy}{JUDGE_ROUTE}", "--judge-key", "none"]
 
 
 def checkout(path: Path | None) -> Path:
     """A folder with VLMEvalKit's source. Raises ConfigError."""
-    how = "clone github.com/open-compass/VLMEvalKit and name it in HarnessSettings.path"
+    how = "clone github.com/open-compass/VLMEvalKit and name it by --harness-path"
     if path is None:
         raise ConfigError(f"VLMEvalKit is on no package index: {how}")
     if not ((path / "run.py").is_file() and (path / "vlmeval" / "__init__.py").is_file()):
