@@ -137,8 +137,8 @@ def tables(plan: Plan, folder: Path) -> Iterable[Benchmark]:
             prefix = f"{part.name}/" if len(definition.parts) > 1 else ""
             kind = None if file.name == part.tsv else part.vlmevalkit
             if file.name != part.tsv and kind is None:
-                raise ConfigError(f"{definition.name}: which class of VLMEvalKit's scores {file.name}? Name it by "
-                                  "`vlmevalkit:` in the definition's parts")  # fmt: skip
+                how = f"call it {part.tsv}" if part.tsv else "name one by `vlmevalkit:` in the definition's parts"
+                raise ConfigError(f"{file}: VLMEvalKit has no class for {definition.name} in a file so called: {how}")
             rows = [question for question in found if question["id"].startswith(prefix)]
             yield Benchmark(file.stem, file, kind, rows, prefix)
 
@@ -153,7 +153,7 @@ def files(plan: Plan, folder: Path) -> Iterable[Benchmark]:
     for definition, found in _asked(plan, folder):
         path = place / f"{definition.name}.parquet"
         pq.write_table(pa.Table.from_pylist(found, QUESTIONS), path)
-        yield Benchmark(definition.name, path, questions=found)
+        yield Benchmark(f"avar_{definition.name}", path, questions=found)  # lmms-eval has tasks of the same names
 
 
 def _asked(plan: Plan, folder: Path) -> Iterable[tuple[Definition, list[dict]]]:
