@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from verl_avar.errors import ConfigError
+from verl_avar.evaluation.sweep_engine import CPU_KV_CACHE
 
 START_S, STOP_S, POLL_S = 1800.0, 60.0, 0.5
 
@@ -19,7 +20,8 @@ START_S, STOP_S, POLL_S = 1800.0, 60.0, 0.5
 def served(model: str, name: str, log: Path, options: Sequence[str] = ()) -> Iterator[str]:
     """Serves a checkpoint while the context is open; yields the base URL, http://127.0.0.1:PORT/v1.
 
-    options: further ones of `avar serve`. Raises ConfigError, with the server's last words, where it does not start.
+    options: further ones of `avar serve`, after those of `on_cpu`. Raises ConfigError, with the server's last words,
+    where it does not start.
     """
     import httpx
 
@@ -27,7 +29,7 @@ def served(model: str, name: str, log: Path, options: Sequence[str] = ()) -> Ite
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "verl_avar.cli", "serve", model, "--served-model-name", name]
-    command += ["--host", "127.0.0.1", "--port", str(port), *options]
+    command += ["--host", "127.0.0.1", "--port", str(port), *on_cpu(options), *options]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
@@ -46,6 +48,18 @@ def served(model: str, name: str, log: Path, options: Sequence[str] = ()) -> Ite
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def on_cpu(options: Sequence[str]) -> list[str]:
+    """Without a GPU: room for keys and values, of which vLLM would take nine tenths of the machine's memory, and no
+    compiling, which takes longer than an evaluation of a model that a CPU can run."""
+    import torch
+
+    if torch.cuda.is_available():
+        return []
+    said = any(word.startswith(("--kv-cache-memory-bytes", "--gpu-memory-utilization")) for word in options)
+    room = [] if said else ["--kv-cache-memory-bytes", str(CPU_KV_CACHE)]
+    return ["--enforce-eager", *room]
 
 
 def _healthy(client, port: int) -> bool:
