@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from verl_avar.errors import ConfigError
+from verl_avar.evaluation.benchmark.orphans import end_with_parent
 from verl_avar.evaluation.sweep_engine import CPU_KV_CACHE
 
 START_S, STOP_S, POLL_S = 1800.0, 60.0, 0.5
@@ -32,7 +35,13 @@ def served(model: str, name: str, log: Path, options: Sequence[str] = ()) -> Ite
     command += ["--host", "127.0.0.1", "--port", str(port), *on_cpu(options), *options]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            preexec_fn=end_with_parent(signal.SIGTERM),  # at which it ends its engine
+        )
     try:
         end = time.monotonic() + START_S
         with httpx.Client(trust_env=False) as client:
@@ -51,15 +60,18 @@ def served(model: str, name: str, log: Path, options: Sequence[str] = ()) -> Ite
 
 
 def on_cpu(options: Sequence[str]) -> list[str]:
-    """Without a GPU: room for keys and values, of which vLLM would take nine tenths of the machine's memory, and no
-    compiling, which takes longer than an evaluation of a model that a CPU can run."""
+    """Without a GPU: room for keys and values, of which vLLM would take nine tenths of the machine's memory; no
+    compiling, which takes longer than an evaluation of a model that a CPU can run; and float32, in which an answer
+    hardly ever depends on what else is asked at the time, as it does in bfloat16."""
     import torch
 
     if torch.cuda.is_available():
         return []
-    said = any(word.startswith(("--kv-cache-memory-bytes", "--gpu-memory-utilization")) for word in options)
+    said = "VLLM_CPU_KVCACHE_SPACE" in os.environ or any(
+        word.startswith(("--kv-cache-memory-bytes", "--gpu-memory-utilization")) for word in options
+    )
     room = [] if said else ["--kv-cache-memory-bytes", str(CPU_KV_CACHE)]
-    return ["--enforce-eager", *room]
+    return ["--dtype", "float32", "--enforce-eager", *room]
 
 
 def _healthy(client, port: int) -> bool:

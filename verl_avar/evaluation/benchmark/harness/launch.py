@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import psutil
 
 from verl_avar.evaluation.benchmark.harness.proxy import JUDGE_ROUTE
 from verl_avar.evaluation.benchmark.harness.settings import HarnessSettings
+from verl_avar.evaluation.benchmark.orphans import end_with_parent
 
 STOP_S = 20
 # Of this process's environment; another Python's modules, and keys that a harness could send anywhere.
@@ -71,7 +70,7 @@ def launch(command: list[str], variables: dict[str, str], log: Path, folder: Pat
             env=variables,
             cwd=folder,
             start_new_session=True,
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            preexec_fn=end_with_parent(signal.SIGKILL),
         )
         try:
             status = process.wait()
@@ -79,14 +78,6 @@ def launch(command: list[str], variables: dict[str, str], log: Path, folder: Pat
             end_session(process)
     if status:
         raise HarnessFailed(f"the harness ended with status {status}: {last_error(log, start)} (all of it: {log})")
-
-
-_PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None) if sys.platform == "linux" else None  # found before a fork, after which little is safe
-
-
-def _end_with_parent() -> None:
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def end_session(process: subprocess.Popen) -> None:
