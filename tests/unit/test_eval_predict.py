@@ -2,13 +2,11 @@
 
 import base64
 import io
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pandas as pd
 import pytest
 from benchmark_copies import write_copies
+from http_endpoint import HttpEndpoint, completion, refusal
 from PIL import Image
 
 from verl_avar.cli import main
@@ -37,35 +35,15 @@ def images_of(body):
 def server():
     """An endpoint that answers A to everything; `.bodies`: what it was asked; `.status`: of its next answers."""
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    def answer(body, before):
+        if http.status != 200:
+            return http.status, refusal()
+        scores = {"visual_attention": SCORES}
+        return completion("<think>I look.</think><answer>A</answer>", kv_transfer_params=scores)
 
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            http.bodies.append(body)
-            message = {"role": "assistant", "content": "<think>I look.</think><answer>A</answer>"}
-            reply = {
-                "id": "1", "object": "chat.completion", "created": 0, "model": "m",
-                "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
-                "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},
-                "kv_transfer_params": {"visual_attention": SCORES},
-            }  # fmt: skip
-            content = json.dumps(reply if http.status == 200 else {"error": {"message": "no"}}).encode()
-            self.send_response(http.status)
-            self.send_header("content-type", "application/json")
-            self.send_header("content-length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *_):
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.bodies, http.status, http.url = [], 200, f"http://127.0.0.1:{http.server_port}/v1"
-    threading.Thread(target=http.serve_forever, args=(0.01,)).start()
-    yield http
-    http.shutdown()
-    http.server_close()
+    with HttpEndpoint(answer) as http:
+        http.status = 200
+        yield http
 
 
 @pytest.fixture
