@@ -19,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 MODEL = "miniature"
 START_S, STOP_S = 300, 60
 SHARED = Path("/dev/shm")
+ROOT = Path(__file__).resolve().parents[1]
 KINDS = {"core": "VLLM::EngineCore", "worker": "VLLM::Worker"}  # by their process titles
 
 
@@ -38,21 +39,37 @@ class Server:
     """
 
     def __init__(self, checkpoint: Path, folder: Path, *flags: str, config: dict | None = None, port: int = 0):
-        self.port = port or free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.log = folder / f"server-{self.port}-{time.monotonic_ns()}.log"
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint)]
-        command += ["--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--served-model-name", MODEL, "--host", "127.0.0.1", "--port", "{port}"]
         command += ["--dtype", "float32", "--enforce-eager", "--disable-uvicorn-access-log", *flags]
         if config is not None:
             command += ["--kv-transfer-config", json.dumps(config)]
+        self._start(command, folder, port)
+
+    def _start(self, command: list[str], folder: Path, port: int = 0) -> None:
+        """{port} in the command: a free one, unless it is given."""
+        self.port = port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._command, self._folder = [word.replace("{port}", str(self.port)) for word in command], folder
+        self._files: set[str] = set()
+        self._launch()
+
+    def _launch(self) -> None:
+        self.log = self._folder / f"server-{self.port}-{time.monotonic_ns()}.log"
         # vLLM leaves its sockets where they are, even after a clean exit.
-        environment = os.environ | {"VLLM_RPC_BASE_PATH": str(folder)}
+        environment = os.environ | {"VLLM_RPC_BASE_PATH": str(self._folder)}
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+                self._command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
             )
-        self._files: set[str] = set()
+
+    def start_again(self) -> Server:
+        """On its port, once `kill` has ended all its processes, which leaves files that none of them can remove."""
+        assert not self.processes()
+        for path in self.left_files():
+            path.unlink()
+        self._launch()
+        return self
 
     def __enter__(self) -> Server:
         return self
@@ -156,3 +173,12 @@ class Server:
                 name = "/".join((sample.name, *kept))
                 values[name] = values.get(name, 0.0) + sample.value
         return values
+
+
+class AvarServer(Server):
+    """The same by `avar serve`."""
+
+    def __init__(self, checkpoint: Path, folder: Path, *flags: str):
+        command = [sys.executable, "-m", "verl_avar.cli", "serve", str(checkpoint), "--served-model-name", MODEL]
+        command += ["--host", "127.0.0.1", "--port", "{port}", "--dtype", "float32", "--enforce-eager"]
+        self._start([*command, "--disable-uvicorn-access-log", *flags], folder)

@@ -1,7 +1,6 @@
 """`avar serve` as its documentation starts it, asked over HTTP: scores, biases, refusals; the examples as printed."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 from rollouts import Eager, wanted_score
-from servers import Server, free_port
+from servers import Server
 from traffic import Ask, Crowd, all_at_once, one_by_one
 
 from verl_avar.miniature import base_path
@@ -32,21 +31,8 @@ class PrintedServer(Server):
     """The server that a printed command starts, on a free port."""
 
     def __init__(self, command: str, folder: Path):
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.log = folder / "server.log"
-        command = command.replace("8010", str(self.port)).replace(".venv/bin/", f"{Path(sys.executable).parent}/")
-        environment = os.environ | {"VLLM_RPC_BASE_PATH": str(folder)}
-        with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                ["bash", "-c", f"exec {command}"],
-                cwd=ROOT,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
-        self._files = set()
+        command = command.replace("8010", "{port}").replace(".venv/bin/", f"{Path(sys.executable).parent}/")
+        self._start(["bash", "-c", f"exec {command}"], folder)
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from servers import MODEL, Server
+from servers import MODEL
 
 from verl_avar.cli import main
-from verl_avar.miniature import base_path
 from verl_avar.miniature.data import write_questions
 from verl_avar.miniature.scenes import COLOURS
 from verl_avar.miniature.tasks import CAPTION, SYSTEM
@@ -25,11 +24,8 @@ COUNTERS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    flags = ["--kv-cache-memory-bytes", "64M", "--limit-mm-per-prompt", '{"image": 1, "video": 0}']
-    with Server(base_path(), tmp_path_factory.mktemp("server"), *flags) as started:
-        yield started.wait()
-        assert started.stop() == 0
+def server(miniature_server):
+    return miniature_server
 
 
 @pytest.fixture(scope="module")

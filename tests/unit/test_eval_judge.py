@@ -1,10 +1,10 @@
 """A model as judge: what it is shown, what is believed, what is counted, and that nothing is asked twice."""
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack
 
 import pytest
+from http_endpoint import HttpEndpoint, completion, refusal
 
 from verl_avar.calls.endpoint import EndpointError
 from verl_avar.errors import ConfigError
@@ -25,43 +25,18 @@ def item(answer, finish="stop", question=QUESTION):
 @pytest.fixture
 def serve():
     """serve(reply) -> (judge, requests): reply(user's text) is the judge's text, or an error's status."""
-    servers = []
+    with ExitStack() as open_ones:
 
-    def start(reply, **settings):
-        seen = []
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                seen.append(body)
+        def start(reply, **settings):
+            def answer(body, before):
                 text = reply(body["messages"][-1]["content"])
-                status = text if isinstance(text, int) else 200
-                content = {
-                    "id": "1", "object": "chat.completion", "created": 0, "model": "judge-2026",
-                    "choices": [
-                        {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
-                    ],
-                } if status == 200 else {"error": {"message": "no"}}  # fmt: skip
-                payload = json.dumps(content).encode()
-                self.send_response(status)
-                self.send_header("content-type", "application/json")
-                self.send_header("content-length", str(len(payload)))
-                self.end_headers()
-                self.wfile.write(payload)
+                return (text, refusal()) if isinstance(text, int) else completion(text, model="judge-2026")
 
-            def log_message(self, *_):
-                pass
+            endpoint = open_ones.enter_context(HttpEndpoint(answer))
+            judge = Judge(endpoint.url, "judge", endpoint={"attempts": 2, "backoff_s": 0.001}, **settings)
+            return judge, endpoint.bodies
 
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
-        servers.append(server)
-        url = f"http://127.0.0.1:{server.server_port}/v1"
-        return Judge(url, "judge", endpoint={"attempts": 2, "backoff_s": 0.001}, **settings), seen
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+        yield start
 
 
 def test_the_judge_sees_question_options_right_and_given_answer_and_no_chain(serve, tmp_path):

@@ -2,13 +2,11 @@
 
 import base64
 import io
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pandas as pd
 import pytest
 from benchmark_copies import write_copies
+from http_endpoint import HttpEndpoint, completion, refusal
 from PIL import Image
 
 from verl_avar.cli import main
@@ -37,35 +35,15 @@ def images_of(body):
 def server():
     """An endpoint that answers A to everything; `.bodies`: what it was asked; `.status`: of its next answers."""
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    def answer(body, before):
+        if http.status != 200:
+            return http.status, refusal()
+        scores = {"visual_attention": SCORES}
+        return completion("<think>I look.</think><answer>A</answer>", kv_transfer_params=scores)
 
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            http.bodies.append(body)
-            message = {"role": "assistant", "content": "<think>I look.</think><answer>A</answer>"}
-            reply = {
-                "id": "1", "object": "chat.completion", "created": 0, "model": "m",
-                "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
-                "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},
-                "kv_transfer_params": {"visual_attention": SCORES},
-            }  # fmt: skip
-            content = json.dumps(reply if http.status == 200 else {"error": {"message": "no"}}).encode()
-            self.send_response(http.status)
-            self.send_header("content-type", "application/json")
-            self.send_header("content-length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *_):
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.bodies, http.status, http.url = [], 200, f"http://127.0.0.1:{http.server_port}/v1"
-    threading.Thread(target=http.serve_forever, args=(0.01,)).start()
-    yield http
-    http.shutdown()
-    http.server_close()
+    with HttpEndpoint(answer) as http:
+        http.status = 200
+        yield http
 
 
 @pytest.fixture
@@ -99,9 +77,11 @@ def test_every_question_of_the_suite_is_asked_once_and_scored(evaluate, server, 
 def test_a_rerun_asks_nothing_and_leaves_the_same_results(evaluate, server, tmp_path):
     _, first = evaluate()
     asked = len(server.bodies)
-    _, second = evaluate()
-    assert len(server.bodies) == asked
-    pd.testing.assert_frame_equal(first, second)
+    files = [tmp_path / "out" / "model" / "results.parquet", *(tmp_path / "out" / "report").glob("table.*")]
+    before = [path.read_bytes() for path in files]
+    evaluate()
+    assert len(server.bodies) == asked and len(files) == 4
+    assert [path.read_bytes() for path in files] == before
     for shard in (tmp_path / "out" / "model" / "calls").iterdir():  # as a kill leaves it: the last answer torn
         shard.write_bytes(shard.read_bytes()[:-20])
     _, third = evaluate()
@@ -127,6 +107,18 @@ def test_controls_change_what_is_asked_and_nothing_else(evaluate, server):
     assert sum(images_of(body)[0].getpixel((0, 0)) == (128, 128, 128) for body in grey) >= questions
     assert sum(not images_of(body) for body in server.bodies) == questions
     assert sum(body["vllm_xargs"].get("visual_bias") == 0.5 for body in server.bodies) == questions
+
+
+def test_conditions_that_ask_the_same_ask_once(evaluate, server):
+    status, results = evaluate("mmmu_val", "--controls", "other_image")  # each alone with its number of images
+    assert status == 0 and len(server.bodies) == 3 and results["response"].notna().sum() == 6
+
+
+def test_what_a_killed_run_left_half_written_goes(evaluate, tmp_path):
+    half = tmp_path / "out" / "model" / ".results.parquet.123"
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"PAR1")
+    assert evaluate()[0] == 0 and not half.exists()
 
 
 def test_another_image_is_never_the_questions_own():

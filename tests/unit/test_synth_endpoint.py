@@ -2,11 +2,11 @@
 
 import asyncio
 import json
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack
 
 import pytest
+from http_endpoint import HttpEndpoint, completion
 from omegaconf import OmegaConf
 
 from verl_avar.calls import endpoint as module
@@ -19,61 +19,20 @@ ASK = [{"role": "user", "content": "2 + 2?"}]
 KEY = "sk-very-secret-123"
 
 
-def completion(text="4", finish="stop", **message):
-    return {
-        "id": "1", "object": "chat.completion", "created": 0, "model": "m-1",
-        "choices": [{"index": 0, "finish_reason": finish,
-                     "message": {"role": "assistant", "content": text} | message}],
-        "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},
-    }  # fmt: skip
-
-
 @pytest.fixture
 def serve():
     """serve(*replies) -> (base_url, requests): answers with the replies in turn, the last one for ever.
 
     A reply is (status, body, headers): body a dict as JSON, or bytes as they are.
     """
-    servers = []
+    with ExitStack() as open_ones:
 
-    def start(*replies):
-        seen = []
+        def start(*replies):
+            endpoint = HttpEndpoint(lambda body, before: replies[min(before, len(replies) - 1)])
+            open_ones.enter_context(endpoint)
+            return endpoint.url, endpoint.seen
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self):
-                body = self.rfile.read(int(self.headers["content-length"]))
-                status, content, headers = replies[min(len(seen), len(replies) - 1)]
-                seen.append(
-                    {
-                        "headers": {k.lower(): v for k, v in self.headers.items()},
-                        "body": json.loads(body),
-                        "time": time.monotonic(),
-                    }
-                )
-                content = content if isinstance(content, bytes) else json.dumps(content).encode()
-                self.send_response(status)
-                for name, value in {"content-type": "application/json", **headers}.items():
-                    self.send_header(name, value)
-                self.send_header("content-length", str(len(content) + int(headers.get("x-cut", 0))))
-                self.end_headers()
-                self.wfile.write(content)
-                if "x-cut" in headers:
-                    self.close_connection = True
-
-            def log_message(self, *_):
-                pass
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}/v1", seen
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+        yield start
 
 
 def ask(base_url, times=1, may_go=lambda: True, messages=ASK, sampling=None, reasoning=False, **settings):
@@ -204,7 +163,7 @@ def test_nothing_of_the_environment_is_sent(serve, monkeypatch):
 
 
 def test_separate_reasoning_goes_before_the_answer_where_it_is_wanted(serve):
-    url, _ = serve((200, completion("<answer>4</answer>", reasoning_content="two and two"), {}))
+    url, _ = serve((200, completion("<answer>4</answer>", message={"reasoning_content": "two and two"}), {}))
     (answer,), _ = ask(url, reasoning=True)
     assert answer.text == "<think>two and two</think><answer>4</answer>"
     (answer,), _ = ask(url)
@@ -212,7 +171,7 @@ def test_separate_reasoning_goes_before_the_answer_where_it_is_wanted(serve):
 
 
 def test_a_refusal_field_is_a_filtered_answer(serve):
-    url, _ = serve((200, completion(None, refusal="I can't help with that."), {}))
+    url, _ = serve((200, completion(None, message={"refusal": "I can't help with that."}), {}))
     (answer,), _ = ask(url)
     assert (answer.text, answer.finish) == ("I can't help with that.", "content_filter")
 

@@ -2,14 +2,13 @@
 
 import asyncio
 import errno
-import json
 import os
 import resource
 import signal
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack
 
+import http_endpoint
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -52,51 +51,20 @@ checks:
 
 
 def completion(content=GOOD, **choice):
-    message = {"role": "assistant", "content": content}
-    return {
-        "id": "1", "object": "chat.completion", "created": 0, "model": "m-1",
-        "choices": [{"index": 0, "finish_reason": "stop", "message": message} | choice],
-        "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},
-    }  # fmt: skip
+    return http_endpoint.completion(content, choice=choice)
 
 
 @pytest.fixture
 def serve():
-    """serve(reply) -> (base_url, bodies of the requests): reply is a function of (body, how many came before) that
-    gives a completion, or (status, bytes); or what it gives, for ever."""
-    servers = []
+    """serve(reply) -> (base_url, bodies of the requests): reply as HttpEndpoint has it, or what it gives, for ever."""
+    with ExitStack() as open_ones:
 
-    def start(reply):
-        seen, lock = [], threading.Lock()
+        def start(reply):
+            endpoint = http_endpoint.HttpEndpoint(reply if callable(reply) else lambda body, before: reply)
+            open_ones.enter_context(endpoint)
+            return endpoint.url, endpoint.bodies
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                with lock:
-                    before = len(seen)
-                    seen.append(body)
-                given = reply(body, before) if callable(reply) else reply
-                status, content = given if isinstance(given, tuple) else (200, json.dumps(given).encode())
-                self.send_response(status)
-                self.send_header("content-type", "application/json")
-                self.send_header("content-length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *_):
-                pass
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}/v1", seen
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+        yield start
 
 
 def settings(base_url, **given):

@@ -164,9 +164,12 @@ async def _predict(folder: Path, settings: Settings, protocols, endpoint, progre
         return True
 
     tasks: set[asyncio.Task] = set()
+    asked: set[str] = set()
     try:
         with Lines(folder / CALLS) as stored:
-            missing = (case for case in cases(folder, settings, protocols) if _counted(stored.get(case.key), progress))
+            missing = (
+                case for case in cases(folder, settings, protocols) if _wanted(case.key, stored, asked, progress)
+            )
             for case in itertools.chain(missing, [None]):
                 while tasks and (case is None or len(tasks) >= 2 * server.settings.concurrency):
                     ended, tasks = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -185,11 +188,13 @@ async def _predict(folder: Path, settings: Settings, protocols, endpoint, progre
     return failed
 
 
-def _counted(answer: dict | None, progress: Callable[[int], None]) -> bool:
-    """Whether a case is still to be asked; one that was answered before counts as done."""
-    if answer is not None:
+def _wanted(key: str, stored: Lines, asked: set[str], progress: Callable[[int], None]) -> bool:
+    """Whether a case is still to be asked; one that was, before or as the same request in this run, counts as done."""
+    if key in asked or stored.get(key) is not None:
         progress(1)
-    return answer is None
+        return False
+    asked.add(key)
+    return True
 
 
 def write_results(

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from verl_avar.calls.store import CALLS, Lines, locked, write_whole
+from verl_avar.calls.store import CALLS, Lines, locked, remove_parts, write_whole
 from verl_avar.data.published import file_states
 from verl_avar.evaluation.benchmark.definition import Benchmark
 from verl_avar.evaluation.benchmark.judge import RULES, Judge
@@ -86,6 +86,7 @@ def run(plan: Plan, model: Model, console: Console) -> Path:
     )
     protocols = {benchmark.name: benchmark.protocol for benchmark in plan.benchmarks}
     with locked(folder):
+        remove_parts(folder)
         count, broken = questions(plan, folder)
         total = count * len(plan.conditions) * plan.repeats
         left = unanswered(folder, settings, protocols)
