@@ -17,7 +17,8 @@ from verl_avar.evaluation.benchmark import diagnostics
 from verl_avar.evaluation.benchmark.runs import read_run, read_runs
 from verl_avar.evaluation.benchmark.table import build
 from verl_avar.report import HeatmapSample
-from verl_avar.report.eval_compare import GAINED, LOST, Flips, choose, compare, divided, stored_overlays
+from verl_avar.report.eval_compare import GAINED, LOST, Flips, choose, compare, divided
+from verl_avar.report.eval_overlays import stored_overlays
 from verl_avar.report.eval_page import render_eval
 from verl_avar.report.eval_verdicts import verdicts
 
