@@ -51,6 +51,7 @@ def notes(table: Table) -> list[str]:
         if line.missing:
             lines.append(f"{line.name}: no average, for these were not run, or not to their end: "
                          f"{', '.join(line.missing)}.")  # fmt: skip
+        lines += line.sizes
     return lines
 
 
