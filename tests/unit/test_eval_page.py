@@ -174,7 +174,9 @@ def test_every_flip_is_counted_and_shown_with_both_answers(compared):
     changes = [(one["data-benchmark"], one["data-change"]) for one in sections]
     assert {pair: changes.count(pair) for pair in changes} == {
         ("MathVista", GAINED): 12, ("MathVista", LOST): 1, ("MMStar", GAINED): 2, ("MMStar", LOST): 2}  # fmt: skip
-    assert re.search(r"<td>MathVista</td><td>11</td><td>12</td><td>1</td><td>6</td><td>13 of 13</td>", compared)
+    cells = re.findall(r'<td data-value="([^"]*)">([^<]*)</td>', compared)[:6]
+    assert [text for _, text in cells] == ["MathVista", "11", "12", "1", "6", "13 of 13"]
+    assert [value for value, _ in cells] == ["MathVista AVAR-7B", "11", "12", "1", "6", "13"]
     (lost,) = [one["text"] for one in sections if (one["data-benchmark"], one["data-change"]) == ("MathVista", LOST)]
     assert "Right answer: B" in lost and lost.count("Read as:") == 2 and "VAS 1.20" in lost and "VAS 0.80" in lost
 

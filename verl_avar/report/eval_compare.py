@@ -18,6 +18,7 @@ from verl_avar.evaluation.benchmark.runs import Run, all_titles, protocol_differ
 from verl_avar.evaluation.benchmark.schema import PLAIN
 from verl_avar.evaluation.benchmark.table import base_first
 from verl_avar.report.eval_overlays import ComputedOverlays, Overlays
+from verl_avar.report.eval_page import SCRIPT as SORT
 from verl_avar.report.sample_pages import SCRIPT, embedded, numbered, scripted
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def compare(
         samples=samples,
         filters={what: values for what in ("benchmark", "change", "model")
                  if len(values := list(dict.fromkeys(s[what] for s in samples))) > 1},
-        **scripted(SCRIPT),
+        **scripted(SCRIPT + SORT),
     )  # fmt: skip
 
 

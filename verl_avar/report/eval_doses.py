@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 from matplotlib.figure import Figure
 
 from verl_avar.evaluation.benchmark import diagnostics
-from verl_avar.report.drawing import GREY, SERIES, TEXT, legend, literal, panels, plain
+from verl_avar.report.drawing import BLACK, GREY, SERIES, TEXT, legend, literal, panels, plain
 
 if TYPE_CHECKING:
     from verl_avar.evaluation.benchmark.runs import Run
 
 NAME = 22  # characters of a model's name in a legend
 LEGEND = 64  # characters of a legend's line, marks included
-APART = 0.9  # points of the share between models' intervals, so that they stand beside each other
+APART = 0.009  # of the axis, between models' intervals, so that they stand beside each other
 BLIND = 118  # where "no image" stands on the axis of shares
 
 
@@ -26,13 +26,17 @@ def bias(runs: Sequence[Run]) -> Figure | None:
         return None
     figure, (axes,) = panels([3.8])
     axes.axhline(0, color=GREY, linewidth=1.2, linestyle="--", zorder=0)
+    betas = [beta for _, points in known for beta, _ in points]
+    span = max(betas) - min(betas)
     for index, (run, points) in enumerate(known):
         colour, dash, mark = SERIES[index % len(SERIES)]
-        axes.plot([beta for beta, _ in points], [100 * one["difference"] for _, one in points], dash, marker=mark,
-                  color=colour, linewidth=2, markersize=7, label=f"{short(run.name)}")  # fmt: skip
+        shift = APART * span * (index - (len(known) - 1) / 2)
+        places = [beta + shift for beta, _ in points]
+        axes.plot(places, [100 * one["difference"] for _, one in points], dash, marker=mark, color=colour, linewidth=2,
+                  markersize=7, label=short(run.name))  # fmt: skip
         for beta, one in points:
             if one["interval"] is not None:
-                axes.plot([beta, beta], [100 * end for end in one["interval"]], color=colour, linewidth=1.6)
+                axes.plot([beta + shift] * 2, [100 * end for end in one["interval"]], color=colour, linewidth=1.6)
     axes.set_xlabel("visual bias β", fontsize=TEXT)
     axes.set_ylabel("right answers, points", fontsize=TEXT)
     axes.grid(axis="y", color="#EFEFEF")
@@ -54,7 +58,7 @@ def blackout(runs: Sequence[Run], guesses: Mapping[str, float]) -> Figure | None
     blind = False
     for index, (run, points) in enumerate(known):
         colour, dash, mark = SERIES[index % len(SERIES)]
-        shift = APART * (index - (len(known) - 1) / 2)
+        shift = 100 * APART * (index - (len(known) - 1) / 2)
         places = [100 * share + shift for share, _ in points]
         axes.plot(places, [100 * one["value"] for _, one in points], dash, marker=mark, color=colour, linewidth=2,
                   markersize=7, label=short(run.name))  # fmt: skip
@@ -70,13 +74,13 @@ def blackout(runs: Sequence[Run], guesses: Mapping[str, float]) -> Figure | None
     guessed = sorted({guesses[run.name] for run, _ in known if run.name in guesses})
     for number, guess in enumerate(guessed):
         label = None if number else "blind guessing"
-        axes.axhline(100 * guess, color=GREY, linewidth=1.6, linestyle=":", zorder=0, label=label)
+        axes.axhline(100 * guess, color=BLACK, linewidth=1.4, linestyle=":", zorder=0, label=label)
     shares = sorted({100 * share for _, points in known for share, _ in points})
     ticks, names = shares, [f"{share:g}" for share in shares]
     if blind:
         ticks, names = [*shares, BLIND], [*names, "no\nimage"]
     axes.set_xticks(ticks, names)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=-0.03 * axes.get_ylim()[1])  # marks and lines at 0 are whole
     axes.set_xlabel("part of the image that is black, %", fontsize=TEXT)
     axes.set_ylabel("right answers, %", fontsize=TEXT)
     axes.grid(axis="y", color="#EFEFEF")

@@ -115,7 +115,8 @@ def _controls(run: Run) -> list[dict]:
     # Its intervals are not shown.
     found = {name: diagnostics.beside_plain(run, name, resamples=1) for name in diagnostics.controls_of(run)}
     lines = []
-    for name, title in [*run.titles.items(), (diagnostics.ALL, "all questions")]:
+    both = [(diagnostics.ALL, "all questions")] if len(run.titles) > 1 else []
+    for name, title in [*run.titles.items(), *both]:
         known = [one[name] for one in found.values() if name in one]
         if known:
             cells = [found[c][name]["value"] if name in found.get(c, {}) else None for c in diagnostics.CONTROLS]

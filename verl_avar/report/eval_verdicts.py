@@ -49,7 +49,8 @@ def _alone(table: Table) -> list[str]:
     average = line.cells[AVERAGE]
     if average is None:
         return [f"{line.name}: no average, for these were not run, or not to their end: {', '.join(line.missing)}."]
-    return [f"{line.name}: {points(average.value)} % on average{_range(average.interval)}. No base was run beside it: "
+    of = "on average" if AVERAGE in table.titles else f"on {next(iter(table.titles.values()))}"
+    return [f"{line.name}: {points(average.value)} % {of}{_range(average.interval)}. No base was run beside it: "
             "nothing here says whether a method helped."]  # fmt: skip
 
 
@@ -59,9 +60,9 @@ def _gains(line: Line, table: Table) -> list[str]:
              if cell is not None and cell.delta is not None and cell.delta["pairs"]}  # fmt: skip
     average = found.pop(AVERAGE, None)
     lines = []
-    if average is not None:
+    if average is not None and AVERAGE in table.titles:
         lines.append(f"{line.name} against {table.base}, average: {_said(average)}.")
-    elif line.missing:
+    elif average is None and line.missing:
         lines.append(
             f"{line.name}: no average, for these were not run, or not to their end: {', '.join(line.missing)}."
         )

@@ -56,7 +56,7 @@ class Line:
 
 @dataclass
 class Table:
-    """titles: {benchmark: title}, AVERAGE last. tests: how many differences p_holm is corrected for."""
+    """titles: {benchmark: title}, of several AVERAGE last. tests: how many differences p_holm is corrected for."""
 
     titles: dict[str, str]
     base: str
@@ -102,7 +102,8 @@ def build(
     for line in lines:
         line.cells[AVERAGE] = _average(line, list(titles))
     rows = _compared(lines, published or {})
-    return Table(titles | {AVERAGE: "average"}, runs[0].name, lines, rows, len(tested))
+    shown = titles | {AVERAGE: "average"} if len(titles) > 1 else titles
+    return Table(shown, runs[0].name, lines, rows, len(tested))
 
 
 def base_first(runs: Sequence[Run], base: str | None) -> list[Run]:
