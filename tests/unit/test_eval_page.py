@@ -17,7 +17,8 @@ from verl_avar.evaluation.benchmark import diagnostics
 from verl_avar.evaluation.benchmark.runs import read_run, read_runs
 from verl_avar.evaluation.benchmark.table import build
 from verl_avar.report import HeatmapSample
-from verl_avar.report.eval_compare import GAINED, LOST, Flips, choose, compare, divided, stored_overlays
+from verl_avar.report.eval_compare import GAINED, LOST, Flips, choose, compare, divided
+from verl_avar.report.eval_overlays import stored_overlays
 from verl_avar.report.eval_page import render_eval
 from verl_avar.report.eval_verdicts import verdicts
 
@@ -173,7 +174,9 @@ def test_every_flip_is_counted_and_shown_with_both_answers(compared):
     changes = [(one["data-benchmark"], one["data-change"]) for one in sections]
     assert {pair: changes.count(pair) for pair in changes} == {
         ("MathVista", GAINED): 12, ("MathVista", LOST): 1, ("MMStar", GAINED): 2, ("MMStar", LOST): 2}  # fmt: skip
-    assert re.search(r"<td>MathVista</td><td>11</td><td>12</td><td>1</td><td>6</td><td>13 of 13</td>", compared)
+    cells = re.findall(r'<td data-value="([^"]*)">([^<]*)</td>', compared)[:6]
+    assert [text for _, text in cells] == ["MathVista", "11", "12", "1", "6", "13 of 13"]
+    assert [value for value, _ in cells] == ["MathVista AVAR-7B", "11", "12", "1", "6", "13"]
     (lost,) = [one["text"] for one in sections if (one["data-benchmark"], one["data-change"]) == ("MathVista", LOST)]
     assert "Right answer: B" in lost and lost.count("Read as:") == 2 and "VAS 1.20" in lost and "VAS 0.80" in lost
 

@@ -217,3 +217,29 @@ def test_the_bootstrap_of_a_mean_is_that_of_all_resamples():
     for mean in (0, 1 / 3, 2 / 3, 1):
         assert np.isclose(drawn, mean).mean() == pytest.approx(np.isclose(exact, mean).mean(), abs=0.01)
     assert exact_p(0, 0) == 1 and exact_p(5, 0) == pytest.approx(0.0625)
+
+
+@pytest.mark.parametrize(
+    ("count", "about", "said"),
+    [
+        (29, {}, "AVAR-7B: its copy of MathVista has 30 questions, the published benchmark 29: another set, "),
+        (1000, {}, "AVAR-7B: its copy of MathVista has 30 questions, the published benchmark 1,000: another set, "),
+        (
+            31,
+            {"broken": 1},
+            "has 30 questions (broken rows of the suite that were left out: 1), the published benchmark 31",
+        ),
+        (1000, {"limit": 30}, "AVAR-7B: 30 of the 1,000 questions of MathVista were asked (--limit 30)."),
+        (30, {"limit": 30}, None),
+    ],
+)
+def test_a_copy_of_another_size_is_told_and_is_no_error(tmp_path, count, about, said):
+    benchmarks = {
+        "mathvista": {"title": "MathVista", "questions": count},
+        "mmstar": {"title": "MMStar", "questions": 20},
+    }
+    table = build([read_run(write_model(tmp_path, "AVAR-7B", benchmarks=benchmarks, **about))], figures=accuracy)
+    lines = [line for line in notes(table) if "questions of" in line or "copy" in line]
+    assert len(lines) == (said is not None) and all(said in line for line in lines)
+    assert all(line in markdown(table) for line in lines)
+    assert (table.lines[0].cells[AVERAGE] is None) == (count > 30)

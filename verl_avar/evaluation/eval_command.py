@@ -24,7 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     compare = commands.add_parser("compare", help="the questions whose answers flipped between models, with images")
     compare.add_argument("folders", nargs="+", type=Path, help="model folders of an evaluation; the first is the base")
     compare.add_argument("--out", type=Path, default=Path("runs/eval_compare"), help="(runs/eval_compare)")
-    compare.add_argument("--overlays", type=Path, help="folder of MODEL/BENCHMARK/ID.png, shown beside the images")
+    looks = compare.add_mutually_exclusive_group()
+    looks.add_argument("--attention", action="store_true", help="compute where the answers shown look in their images")
+    looks.add_argument("--overlays", type=Path, help="or show such pictures from this folder: MODEL/BENCHMARK/ID.png")
+    compare.add_argument(
+        "--checkpoint",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="of a run, for --attention (the one it was run with)",
+    )
     published = commands.add_parser("published", help="the paper's tables: averages and differences recomputed")
     published.add_argument("--out", type=Path, help="folder for the comparison figure")
 
@@ -186,9 +195,17 @@ def report(folders: list[Path], out: Path, console, published: str | None) -> in
 
 
 def _compare(arguments: argparse.Namespace, console) -> int:
-    from verl_avar.report.eval_compare import compare, stored_overlays
+    from verl_avar.report.eval_compare import compare
+    from verl_avar.report.eval_overlays import stored_overlays
 
+    checkpoints = dict(given.partition("=")[::2] for given in arguments.checkpoint)
+    if not all(name and path for name, path in checkpoints.items()):
+        raise ConfigError("--checkpoint: NAME=PATH, the name of a run and the folder of its checkpoint")
+    if checkpoints and not arguments.attention:
+        raise ConfigError("--checkpoint is for --attention, which is not asked for")
     overlays = stored_overlays(arguments.overlays) if arguments.overlays else None
-    page = compare(arguments.folders, arguments.out, overlays=overlays)
+    page = compare(
+        arguments.folders, arguments.out, overlays=overlays, attention=checkpoints if arguments.attention else None
+    )
     console.print(f"{page}  the questions that flipped", highlight=False, soft_wrap=True)
     return 0

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 
 from verl_avar import families
-from verl_avar.evaluation.answer import Answers, answer
+from verl_avar.evaluation.answer import Answers, answer, given
 from verl_avar.evaluation.checkpoint import Checkpoint, conversation
 from verl_avar.evaluation.images import open_images
 from verl_avar.evaluation.measure import measure
@@ -84,22 +85,28 @@ def heatmap(
 
     Several images stand side by side in one picture. A token without a place is not drawn.
     """
-    height = max(image.height for image in images)
-    narrower = min(1.0, WIDEST / sum(image.width * height / image.height for image in images))
-    height = max(1, round(height * narrower))
-    widths = [max(1, round(image.width * height / image.height)) for image in images]
-    edges = np.cumsum([0, *widths]) / sum(widths)
-    picture = images[0]
-    if len(images) > 1:
-        picture = Image.new("RGB", (sum(widths), height))
-        for image, width, left in zip(images, widths, edges, strict=False):
-            picture.paste(image.resize((width, height)), (round(left * sum(widths)), 0))
+    picture, edges = side_by_side(images)
     boxes = place.boxes.copy()
     span = np.diff(edges)[place.image]
     boxes[:, [0, 2]] = edges[place.image][:, None] + boxes[:, [0, 2]] * span[:, None]
     placed = np.isfinite(boxes).all(1)
     grids = rasterise(boxes[placed], attention[:, placed])
     return HeatmapSample(picture, question, list(zip(pieces, grids, strict=True)), stage=stage, truth=truth)
+
+
+def side_by_side(images: Sequence[Image.Image]) -> tuple[Image.Image, np.ndarray]:
+    """One picture of one or more images, and the edges between them as fractions of its width [images + 1]."""
+    height = max(image.height for image in images)
+    narrower = min(1.0, WIDEST / sum(image.width * height / image.height for image in images))
+    height = max(1, round(height * narrower))
+    widths = [max(1, round(image.width * height / image.height)) for image in images]
+    edges = np.cumsum([0, *widths]) / sum(widths)
+    if len(images) == 1:
+        return images[0], edges
+    picture = Image.new("RGB", (sum(widths), height))
+    for image, width, left in zip(images, widths, edges, strict=False):
+        picture.paste(image.resize((width, height)), (round(left * sum(widths)), 0))
+    return picture, edges
 
 
 def rasterise(boxes: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -120,18 +127,54 @@ def heatmap_sample(checkpoint: Checkpoint, row: pd.Series, max_new_tokens: int, 
     """The greedy response to one row in verl's format, cut into sentences, with each one's attention to the image."""
     images = open_images(row["images"])
     answers = answer(checkpoint, [list(row["prompt"])], [images], max_new_tokens)
+    return _followed(
+        checkpoint, answers, list(row["prompt"]), images, None, stage, str(row["reward_model"]["ground_truth"])
+    )
+
+
+def stored_heatmap(
+    checkpoint: Checkpoint, prompt: Sequence[dict], images: Sequence, response: str, most: int | None = None
+) -> HeatmapSample:
+    """The same of a response that is known: the model reads it behind its prompt, and nothing is generated.
+
+    prompt: messages with `<image>` where one of the images goes. response: its text, read as `answer.given` does: cut
+    into tokens anew, which may be others than were sampled, and with an end marker even where the model wrote none.
+    most: pieces at most; of more sentences neighbours are one piece. Raises ValueError where the places of the visual
+    tokens are not known, for an empty response, and as `given` does.
+    """
+    images = open_images(images)
+    answers = given(checkpoint, [list(prompt)], [images], [response])
+    if not (answers.roles == Role.RESPONSE).any():
+        raise ValueError("the response is empty")
+    return _followed(checkpoint, answers, prompt, images, most)
+
+
+def _followed(
+    checkpoint: Checkpoint, answers: Answers, prompt: Sequence[dict], images: Sequence[Image.Image],
+    most: int | None = None, stage: str = "", truth: str = "",
+) -> HeatmapSample:  # fmt: skip
+    """Pictures of the only row of a batch."""
     place = places(checkpoint, answers, 0, [images])
     if not place.known:
         raise ValueError(place.problem)
     (result,) = measure(checkpoint, answers, "response", follow=[0])
+    if result.steps is None:
+        raise ValueError(result.problem)
     written = answers.inputs["input_ids"][0][answers.roles[0] == Role.RESPONSE].tolist()
-    pieces = sentences([checkpoint.tokenizer.decode([i]) for i in written])
+    pieces = fewer(sentences([checkpoint.tokenizer.decode([i]) for i in written]), most)
     attention = by_piece(result.steps, pieces)
     texts = worded(checkpoint.tokenizer, written, pieces)
-    user = conversation(list(row["prompt"]))[-1]
+    user = conversation(prompt)[-1]
     question = "".join(part.get("text", "") for part in user["content"]).strip()
-    truth = str(row["reward_model"]["ground_truth"])
     return heatmap(images, question, texts, attention, place, stage, truth)
+
+
+def fewer(pieces: Sequence[list[str]], most: int | None) -> list[list[str]]:
+    """At most so many pieces, neighbours put together as evenly as they come; None: as many as there are."""
+    if most is None or len(pieces) <= most:
+        return list(pieces)
+    cuts = [len(pieces) * number // most for number in range(most + 1)]
+    return [[token for piece in pieces[low:high] for token in piece] for low, high in pairwise(cuts)]
 
 
 def worded(tokenizer, ids: Sequence[int], pieces: Sequence[Sequence[str]]) -> list[str]:

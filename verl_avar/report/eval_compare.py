@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import quote
 
 from verl_avar.errors import ConfigError
 from verl_avar.evaluation.benchmark.runs import Run, all_titles, protocol_differences, read_runs
 from verl_avar.evaluation.benchmark.schema import PLAIN
 from verl_avar.evaluation.benchmark.table import base_first
+from verl_avar.report.eval_overlays import ComputedOverlays, Overlays
+from verl_avar.report.eval_page import SCRIPT as SORT
 from verl_avar.report.sample_pages import SCRIPT, embedded, numbered, scripted
 
 if TYPE_CHECKING:
@@ -26,8 +27,7 @@ if TYPE_CHECKING:
 GAINED, LOST = "wrong → right", "right → wrong"
 SHOWN = 20  # questions of a benchmark and a pair of models
 RESPONSE = re.compile(r"\s*(?:<think>)?(.*)</think>(.*)", re.DOTALL)
-# (model's name, question, response) -> where the response looks, a finished picture (PNG), or nothing.
-Overlays = Callable[[str, dict, str], "HeatmapSample | bytes | None"]
+WITHOUT = 3  # answers without a picture that are named with their reason
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,16 @@ def compare(
     most: int = SHOWN,
     seed: int = 0,
     overlays: Overlays | None = None,
+    attention: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes out/index.html with the questions that flipped from the base to each other model; returns its path.
 
     base: name of a run, by default the first folder's. most: questions shown of a benchmark and a model, half of them
     gained where there are as many; the seed decides which, whatever the order of rows. Only the first repeat is
-    compared. Raises ConfigError for folders that are no runs, and for fewer than two of them.
+    compared. overlays: gives pictures of where an answer looks. attention: computes them instead, of every answer
+    shown, in out/overlays (eval_overlays.ComputedOverlays); run's name -> its checkpoint, where that is not the one of
+    its summary. Raises ConfigError for folders that are no runs, for fewer than two of them, and for a checkpoint that
+    can't be loaded.
     """
     from verl_avar.report.pages import write_page
 
@@ -62,28 +66,40 @@ def compare(
         raise ConfigError("avar eval compare needs two model folders or more: the base, then the others")
     first, *others = runs = base_first(read_runs(folders), base)
     titles = all_titles(runs)
-    counts, samples = [], []
+    computed = None if attention is None else ComputedOverlays(runs, Path(out) / "overlays", attention)
+    counts, pairs = [], []
     for run in others:
         found = flips(first, run)
         chosen = [(one.benchmark, id_, way) for one in found for id_, way in choose(one, most, seed)]
         counts += [_count(one, titles, sum(name == one.benchmark for name, *_ in chosen)) for one in found]
         wanted = {(name, id_) for name, id_, _ in chosen}
-        questions, answers = _questions(run, wanted), {one.name: _answers(one, wanted) for one in (first, run)}
-        for name, id_, way in chosen:
-            pair = [(one.name, answers[one.name][name, id_]) for one in (first, run)]
-            samples.append(_sample(questions.get((name, id_)), titles[name], id_, way, run.name, pair, overlays))
+        pairs.append((run, chosen, _questions(run, wanted), {one.name: _answers(one, wanted) for one in (first, run)}))
+    looks = _looks(runs, pairs, computed or overlays)
+    samples = [
+        _sample(
+            questions.get(key := (name, id_)),
+            titles[name],
+            id_,
+            way,
+            run.name,
+            [(one, answers[key], looks.get((one, *key), {})) for one, answers in by_run.items()],
+        )
+        for run, chosen, questions, by_run in pairs
+        for name, id_, way in chosen
+    ]
     Path(out).mkdir(parents=True, exist_ok=True)
     return write_page(
         "eval_compare.html",
         Path(out) / "index.html",
         base=first.name,
         models=[run.name for run in others],
-        notes=protocol_differences(runs) + _repeats(runs),
+        notes=protocol_differences(runs) + _repeats(runs) + _without(computed),
+        looks=bool(looks),
         counts=counts,
         samples=samples,
         filters={what: values for what in ("benchmark", "change", "model")
                  if len(values := list(dict.fromkeys(s[what] for s in samples))) > 1},
-        **scripted(SCRIPT),
+        **scripted(SCRIPT + SORT),
     )  # fmt: skip
 
 
@@ -112,17 +128,6 @@ def choose(found: Flips, most: int, seed: int) -> list[tuple[str, str]]:
     return [(id_, GAINED) for id_ in ranked(found.gained)[:gained]] + [(id_, LOST) for id_ in ranked(found.lost)[:lost]]
 
 
-def stored_overlays(folder: Path | str) -> Overlays:
-    """Pictures that lie at folder/MODEL/BENCHMARK/ID.png, each name with its odd characters as %XX."""
-
-    def read(model: str, question: dict, response: str) -> bytes | None:
-        parts = (quote(text, safe="") for text in (model, question["benchmark"], f"{question['id']}.png"))
-        path = Path(folder).joinpath(*parts)
-        return path.read_bytes() if path.is_file() else None
-
-    return read
-
-
 def divided(response: str) -> tuple[str | None, str]:
     """(reasoning, what follows it): split at the last </think>; an open <think> has nothing after it, and a response
     without tags no reasoning."""
@@ -148,6 +153,37 @@ def _repeats(runs: Sequence[Run]) -> list[str]:
     return [f"Of {repeats} sampled answers to a question only the first is compared here."] if repeats > 1 else []
 
 
+def _without(computed: ComputedOverlays | None) -> list[str]:
+    if computed is None or not computed.problems:
+        return []
+    more = len(computed.problems) - WITHOUT
+    named = "; ".join(computed.problems[:WITHOUT]) + (f"; and {more} more" if more > 0 else "")
+    return [f"Without a picture of where the answer looks: {named}."]
+
+
+def _looks(runs: Sequence[Run], pairs: Sequence[tuple], overlays: Overlays | None) -> dict[tuple[str, str, str], dict]:
+    """{(model, benchmark, id): pictures of where the answer looks}, one model after the other."""
+    found = {}
+    for run in runs if overlays else ():
+        for _, chosen, questions, answers in pairs:
+            for name, id_, _ in chosen:
+                key, question = (run.name, name, id_), questions.get((name, id_))
+                if key in found or question is None or run.name not in answers:
+                    continue
+                row = answers[run.name][name, id_]
+                asked = question | {"prompt": row["prompt"]}
+                found[key] = _look(overlays(run.name, asked, row["response"] or ""))
+    return {key: look for key, look in found.items() if look}
+
+
+def _look(found: HeatmapSample | bytes | None) -> dict:
+    from verl_avar.report.pages import data_uri, heatmap_cards
+
+    if found is None:
+        return {}
+    return {"picture": data_uri(found)} if isinstance(found, bytes) else {"overlay": heatmap_cards(found)}
+
+
 def _rows(path: Path, wanted: set[tuple[str, str]], columns: Sequence[str] | None, plain: bool) -> dict:
     """Rows of the wanted questions by (benchmark, id); of results the first plain answers."""
     import pyarrow.compute as pc
@@ -169,16 +205,15 @@ def _questions(run: Run, wanted: set[tuple[str, str]]) -> dict:
 
 def _answers(run: Run, wanted: set[tuple[str, str]]) -> dict:
     columns = ["benchmark", "id", "condition", "repeat", "response", "extracted", "right", "problem", "vas",
-               "completion_tokens", "answer"]  # fmt: skip
+               "completion_tokens", "answer", "prompt"]  # fmt: skip
     return _rows(run.folder / "results.parquet", wanted, columns, plain=True)
 
 
-def _sample(
-    question: dict | None, title: str, id_: str, way: str, model: str, pair: list, overlays: Overlays | None
-) -> dict:
-    answers = [_answer(name, row, question, overlays) for name, row in pair]
-    shown = {"benchmark": title, "id": id_, "change": way, "model": model, "answers": answers,
-             "answer": pair[0][1]["answer"], "question": None, "choices": [], "images": []}  # fmt: skip
+def _sample(question: dict | None, title: str, id_: str, way: str, model: str, pair: Sequence[tuple]) -> dict:
+    """pair: (name, row, its pictures) of both models."""
+    shown = {"benchmark": title, "id": id_, "change": way, "model": model, "answer": pair[0][1]["answer"],
+             "answers": [_answer(name, row, look) for name, row, look in pair],
+             "question": None, "choices": [], "images": []}  # fmt: skip
     if question is None:
         return shown
     return shown | {
@@ -188,12 +223,8 @@ def _sample(
     }
 
 
-def _answer(name: str, row: dict, question: dict | None, overlays: Overlays | None) -> dict:
-    from verl_avar.report.pages import data_uri, heatmap_cards
-
-    response = row["response"] or ""
-    thinking, rest = divided(response)
-    found = overlays(name, question, response) if overlays and question is not None else None
+def _answer(name: str, row: dict, look: dict) -> dict:
+    thinking, rest = divided(row["response"] or "")
     return {
         "name": name,
         "right": row["right"],
@@ -203,6 +234,6 @@ def _answer(name: str, row: dict, question: dict | None, overlays: Overlays | No
         "tokens": row["completion_tokens"],
         "thinking": thinking,
         "rest": rest,
-        "picture": data_uri(found) if isinstance(found, bytes) else None,
-        "overlay": heatmap_cards(found) if found is not None and not isinstance(found, bytes) else None,
+        "picture": look.get("picture"),
+        "overlay": look.get("overlay"),
     }

@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from verl_avar.evaluation.benchmark import diagnostics
 from verl_avar.report.drawing import BLACK, BLUE, GREY, ORANGE, SERIES, TEXT, legend, literal, panels, plain
+from verl_avar.report.eval_doses import bias, blackout, columns, short
 
 if TYPE_CHECKING:
     from verl_avar.evaluation.benchmark.runs import Run
@@ -19,13 +20,11 @@ if TYPE_CHECKING:
 
 CONTROLS = {"no_image": "no image", "grey_image": "grey image", "other_image": "another's image",
             "blackout": "part blacked out"}  # fmt: skip
-NAME = 22  # characters of a model's name in a legend
-LEGEND = 64  # characters of a legend's line, marks included
 MODELS = 4  # panels of single models in a figure
 
 
-def figures(runs: Sequence[Run], table: Table) -> dict[str, Figure | None]:
-    """By file name without its ending."""
+def figures(runs: Sequence[Run], table: Table, guesses: Mapping[str, float] | None = None) -> dict[str, Figure | None]:
+    """By file name without its ending. guesses: {run's name: share that blind guessing gets right}."""
     titles = {name: literal(title) for name, title in table.titles.items()}
     return {
         "scores": scores(table),
@@ -33,6 +32,7 @@ def figures(runs: Sequence[Run], table: Table) -> dict[str, Figure | None]:
         "vas_samples": vas_samples(runs, titles),
         "vas_quintiles": vas_quintiles(runs),
         "controls": controls(runs, titles),
+        "blackout": blackout(runs, guesses or {}),
         "bias": bias(runs),
         "along": along(runs),
     }
@@ -45,7 +45,7 @@ def scores(table: Table) -> Figure:
     for index, line in enumerate(table.lines):
         colour, _, mark = SERIES[index % len(SERIES)]
         offset = (index - (count - 1) / 2) * 0.7 / count
-        label = _short(line.name)
+        label = short(line.name)
         for row, name in enumerate(table.titles):
             if (cell := line.cells[name]) is not None:
                 if cell.interval is not None:
@@ -55,7 +55,7 @@ def scores(table: Table) -> Figure:
                 label = None
     _benchmark_rows(axes, [literal(title) for title in table.titles.values()])
     axes.set_xlabel("figure of the benchmark, %", fontsize=TEXT)
-    legend(axes, _columns([line.name for line in table.lines]))
+    legend(axes, columns([line.name for line in table.lines]))
     return figure
 
 
@@ -75,7 +75,7 @@ def vas_benchmarks(runs: Sequence[Run], table: Table) -> Figure | None:
         axes.plot([x for x, *_ in ends], [y for _, y, _ in ends], color=GREY, linewidth=1.2, zorder=1)
         for x, y, index in ends:
             colour, _, mark = SERIES[index % len(SERIES)]
-            label = None if index in labelled else _short(runs[index].name)
+            label = None if index in labelled else short(runs[index].name)
             labelled.add(index)
             axes.plot(x, y, mark, color=colour, markersize=7, label=label, zorder=2)
     ends = sorted((max(found)[1], max(found)[0], name) for name, found in points.items())
@@ -90,7 +90,7 @@ def vas_benchmarks(runs: Sequence[Run], table: Table) -> Figure | None:
     axes.grid(color="#EFEFEF")
     axes.set_axisbelow(True)
     plain(axes)
-    legend(axes, _columns([runs[index].name for index in labelled]))
+    legend(axes, columns([runs[index].name for index in labelled]))
     return figure
 
 
@@ -110,7 +110,7 @@ def vas_samples(runs: Sequence[Run], titles: Mapping[str, str]) -> Figure | None
                 axes.plot(middle, row + offset, mark, color=colour, markersize=7,
                           label=f"{kind} answers" if row == 0 else None)  # fmt: skip
         _benchmark_rows(axes, [titles[name] for name in names])
-        axes.set_title(_short(run.name), fontsize=TEXT, loc="left", pad=26)
+        axes.set_title(short(run.name), fontsize=TEXT, loc="left", pad=26)
         legend(axes, 2)
     grid[-1].set_xlabel("VAS of the response: median, middle half", fontsize=TEXT)
     return figure
@@ -123,14 +123,14 @@ def vas_quintiles(runs: Sequence[Run]) -> Figure | None:
         return None
     figure, grid = panels([3.4, 3.2], sharex=True)
     for index, (run, answers) in enumerate(known):
-        _parts(grid[0], diagnostics.by_part(answers), SERIES[index % len(SERIES)], _short(run.name), index)
+        _parts(grid[0], diagnostics.by_part(answers), SERIES[index % len(SERIES)], short(run.name), index)
     run, answers = known[-1]
     for index, (half, label) in enumerate(
         zip(diagnostics.halves(answers), ("shorter half", "longer half"), strict=True)
     ):
         _parts(grid[1], diagnostics.by_part(half), SERIES[2 + index], label, index)
-    legend(grid[0], _columns([run.name for run, _ in known]))
-    grid[1].set_title(f"{_short(run.name)}, by length of the response", fontsize=TEXT, loc="left", pad=26)
+    legend(grid[0], columns([run.name for run, _ in known]))
+    grid[1].set_title(f"{short(run.name)}, by length of the response", fontsize=TEXT, loc="left", pad=26)
     legend(grid[1], 2)
     for axes in grid:
         axes.set_ylabel("right answers, %", fontsize=TEXT)
@@ -160,32 +160,9 @@ def controls(runs: Sequence[Run], titles: Mapping[str, str]) -> Figure | None:
             axes.plot([lowest, base], [row, row], color=GREY, linewidth=1.2, zorder=1)
             axes.plot(base, row, "o", color=BLUE, markersize=8, label="plain" if row == 0 else None, zorder=3)
         _benchmark_rows(axes, [titles[name] for name in names])
-        axes.set_title(_short(run.name), fontsize=TEXT, loc="left", pad=46 if len(by) > 2 else 26)
+        axes.set_title(short(run.name), fontsize=TEXT, loc="left", pad=46 if len(by) > 2 else 26)
         legend(axes, 3)
     grid[-1].set_xlabel("right answers, %", fontsize=TEXT)
-    return figure
-
-
-def bias(runs: Sequence[Run]) -> Figure | None:
-    """Change of accuracy by the visual bias β at inference, on the same questions, with 95 % intervals."""
-    known = [(run, points) for run in runs if (points := diagnostics.bias_points(run))]
-    if not known:
-        return None
-    figure, (axes,) = panels([3.8])
-    axes.axhline(0, color=GREY, linewidth=1.2, linestyle="--", zorder=0)
-    for index, (run, points) in enumerate(known):
-        colour, dash, mark = SERIES[index % len(SERIES)]
-        axes.plot([beta for beta, _ in points], [100 * one["difference"] for _, one in points], dash, marker=mark,
-                  color=colour, linewidth=2, markersize=7, label=f"{_short(run.name)}")  # fmt: skip
-        for beta, one in points:
-            if one["interval"] is not None:
-                axes.plot([beta, beta], [100 * end for end in one["interval"]], color=colour, linewidth=1.6)
-    axes.set_xlabel("visual bias β", fontsize=TEXT)
-    axes.set_ylabel("right answers, points", fontsize=TEXT)
-    axes.grid(axis="y", color="#EFEFEF")
-    axes.set_axisbelow(True)
-    plain(axes)
-    legend(axes, _columns([run.name for run, _ in known]))
     return figure
 
 
@@ -199,7 +176,7 @@ def along(runs: Sequence[Run]) -> Figure | None:
     for index, (run, (values, count)) in enumerate(known):
         colour, dash, mark = SERIES[index % len(SERIES)]
         axes.plot(places, values, dash, color=colour, marker=mark, markersize=5, linewidth=2,
-                  label=f"{_short(run.name)} ({count:,})")  # fmt: skip
+                  label=f"{short(run.name)} ({count:,})")  # fmt: skip
     axes.set_xlim(0, 100)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("place in the response, % of its length", fontsize=TEXT)
@@ -207,7 +184,7 @@ def along(runs: Sequence[Run]) -> Figure | None:
     axes.grid(axis="y", color="#EFEFEF")
     axes.set_axisbelow(True)
     plain(axes)
-    legend(axes, _columns([f"{run.name} (1,000)" for run, _ in known]))
+    legend(axes, columns([f"{run.name} (1,000)" for run, _ in known]))
     return figure
 
 
@@ -232,14 +209,3 @@ def _benchmark_rows(axes: Axes, titles: Sequence[str]) -> None:
     axes.set_axisbelow(True)
     axes.spines["left"].set_color(BLACK)
     plain(axes)
-
-
-def _short(name: str) -> str:
-    """A model's name for a legend: checkpoints often differ at the end only."""
-    return literal(name if len(name) <= NAME else f"{name[: NAME // 2 - 1]}…{name[-NAME // 2 :]}")
-
-
-def _columns(names: Sequence[str]) -> int:
-    """Columns that a legend of these names has room for."""
-    widest = max(len(_short(name)) for name in names)
-    return max(1, min(len(names), LEGEND // (widest + 6)))

@@ -62,12 +62,13 @@ def render_eval(
     folder = out / "figures"
     for stale in folder.glob("*.png"):
         stale.unlink()
-    embedded = save_figures(eval_figures.figures(runs, table), folder)
+    guesses = {run.name: guess for run in runs if (guess := _guess(run)) is not None}
+    embedded = save_figures(eval_figures.figures(runs, table, guesses), folder)
     return write_page(
         "eval_page.html",
         out / "index.html",
         suite=", ".join(dict.fromkeys(str(run.summary.get("suite")) for run in runs)),
-        verdicts=verdicts(runs, table, {run.name: guess for run in runs if (guess := _guess(run)) is not None}),
+        verdicts=verdicts(runs, table, guesses),
         notes=notes(table),
         titles=table.titles,
         rows=[[_shown(line.cells[name]) for name in table.titles] for line in table.lines],
@@ -114,7 +115,8 @@ def _controls(run: Run) -> list[dict]:
     # Its intervals are not shown.
     found = {name: diagnostics.beside_plain(run, name, resamples=1) for name in diagnostics.controls_of(run)}
     lines = []
-    for name, title in [*run.titles.items(), (diagnostics.ALL, "all questions")]:
+    both = [(diagnostics.ALL, "all questions")] if len(run.titles) > 1 else []
+    for name, title in [*run.titles.items(), *both]:
         known = [one[name] for one in found.values() if name in one]
         if known:
             cells = [found[c][name]["value"] if name in found.get(c, {}) else None for c in diagnostics.CONTROLS]
@@ -140,11 +142,11 @@ def _problems(run: Run) -> list[dict]:
 
 
 def _guess(run: Run) -> float | None:
-    """What blind guessing gets right of the questions that were asked without an image."""
+    """What blind guessing gets right of the questions whose image was taken away or blacked out."""
     import pyarrow.parquet as pq
 
     path = run.folder / "questions.parquet"
-    asked = run.of("no_image")
+    asked = run.results[run.results["condition"].str.match("no_image$|blackout")]
     if not len(asked) or not path.is_file():
         return None
     known = pq.read_table(path, columns=["benchmark", "id", "choices", "answer_type"]).to_pylist()

@@ -32,6 +32,7 @@ def verdicts(runs: Sequence[Run], table: Table, guesses: Mapping[str, float] | N
     care += [line for one in table.lines for line in _published(one, table)]
     care += [line for run in ordered for line in _limits(run)]
     image = [line for run in ordered if (line := _controls(run, (guesses or {}).get(run.name)))]
+    image += [line for run in ordered for line in _blackout(run)]
     image += [line for run in ordered for line in _bias(run)]
     image += [line for run in ordered[1:] for line in _looks(run, ordered[0], table)]
     image += [line for run in ordered for line in _vas(run)]
@@ -48,7 +49,8 @@ def _alone(table: Table) -> list[str]:
     average = line.cells[AVERAGE]
     if average is None:
         return [f"{line.name}: no average, for these were not run, or not to their end: {', '.join(line.missing)}."]
-    return [f"{line.name}: {points(average.value)} % on average{_range(average.interval)}. No base was run beside it: "
+    of = "on average" if AVERAGE in table.titles else f"on {next(iter(table.titles.values()))}"
+    return [f"{line.name}: {points(average.value)} % {of}{_range(average.interval)}. No base was run beside it: "
             "nothing here says whether a method helped."]  # fmt: skip
 
 
@@ -58,9 +60,9 @@ def _gains(line: Line, table: Table) -> list[str]:
              if cell is not None and cell.delta is not None and cell.delta["pairs"]}  # fmt: skip
     average = found.pop(AVERAGE, None)
     lines = []
-    if average is not None:
+    if average is not None and AVERAGE in table.titles:
         lines.append(f"{line.name} against {table.base}, average: {_said(average)}.")
-    elif line.missing:
+    elif average is None and line.missing:
         lines.append(
             f"{line.name}: no average, for these were not run, or not to their end: {', '.join(line.missing)}."
         )
@@ -148,6 +150,18 @@ def _controls(run: Run, guess: float | None) -> str | None:
         part = f"with {CONTROLS[name]} {points(one['value'])} %"
         parts.append(part if apart else f"{part} (no difference beyond chance)")
     return f"{run.name}: {'; '.join(parts)}." if parts else None
+
+
+def _blackout(run: Run) -> list[str]:
+    """The curve in figures, and the least share whose loss is beyond chance."""
+    found = diagnostics.blackout_points(run)
+    if not found:
+        return []
+    shares = ", ".join(f"{100 * share:g}" for share, _ in found)
+    values = ", ".join(points(one["value"]) for _, one in found)
+    least = next((share for share, one in found if one["interval"] is not None and one["interval"][1] < 0), None)
+    said = "no loss beyond chance" if least is None else f"a loss beyond chance from {100 * least:g} % on"
+    return [f"{run.name}: with {shares} % of the image black {values} % are right: {said}."]
 
 
 def _bias(run: Run) -> list[str]:

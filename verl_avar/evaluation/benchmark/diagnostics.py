@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from verl_avar.evaluation.benchmark.conditions import blackout_share
 from verl_avar.evaluation.benchmark.deltas import RESAMPLES, by_question, mean_draws, percentiles
 from verl_avar.evaluation.benchmark.runs import Run
 from verl_avar.evaluation.benchmark.schema import CONTROLS, PLAIN
@@ -71,6 +72,34 @@ def bias_points(run: Run, resamples: int = RESAMPLES, seed: int = 0) -> list[tup
         plain = float(right.mean())
         points.append((0.0, {"pairs": len(right), "plain": plain, "value": plain, "difference": 0.0, "interval": None}))
     return sorted(points, key=lambda point: point[0])
+
+
+def blackout_points(run: Run, resamples: int = RESAMPLES, seed: int = 0) -> list[tuple[float, dict]]:
+    """(share of the image that is black, figures over ALL questions as in `beside_plain`), the least first; share 0 is
+    the plain questions.
+
+    Beside them `own`: the interval of `value` itself (95 %, by drawing questions; None: can't tell). `interval` is the
+    paired one of the difference. [] where `blackout` alone was run, which is a control and no curve.
+    """
+    conditions = sorted(set(run.results["condition"]))
+    shares = {share: name for name in conditions if (share := blackout_share(name)) is not None}
+    if not any(name != "blackout" for name in shares.values()):
+        return []
+    points = []
+    for share, name in shares.items():
+        if share and ALL in (found := beside_plain(run, name, resamples, seed)):
+            points.append((share, found[ALL] | {"own": own_interval(run, name, resamples, seed)}))
+    if points:
+        right = by_question(_keyed(run.of(PLAIN)))
+        plain = float(right.mean())
+        whole = {"pairs": len(right), "plain": plain, "value": plain, "difference": 0.0, "interval": None}
+        points.append((0.0, whole | {"own": own_interval(run, PLAIN, resamples, seed)}))
+    return sorted(points, key=lambda point: point[0])
+
+
+def own_interval(run: Run, condition: str = PLAIN, resamples: int = RESAMPLES, seed: int = 0) -> list[float] | None:
+    """The interval of the share of right answers under a condition, over all questions: 95 %, None: can't tell."""
+    return percentiles(mean_draws(by_question(_keyed(run.of(condition))).to_numpy(), resamples, seed))
 
 
 def _keyed(results: pd.DataFrame) -> pd.DataFrame:

@@ -45,16 +45,18 @@ class Cell:
 @dataclass
 class Line:
     """A model's cells by benchmark, with AVERAGE where it is over all; None: not run. missing: titles of those,
-    and of benchmarks that were not run to their end."""
+    and of benchmarks that were not run to their end. sizes: lines on benchmarks that were not asked as many questions
+    as their publisher counts."""
 
     name: str
     cells: dict[str, Cell | None]
     missing: list[str]
+    sizes: list[str] = field(default_factory=list)
 
 
 @dataclass
 class Table:
-    """titles: {benchmark: title}, AVERAGE last. tests: how many differences p_holm is corrected for."""
+    """titles: {benchmark: title}, of several AVERAGE last. tests: how many differences p_holm is corrected for."""
 
     titles: dict[str, str]
     base: str
@@ -100,7 +102,8 @@ def build(
     for line in lines:
         line.cells[AVERAGE] = _average(line, list(titles))
     rows = _compared(lines, published or {})
-    return Table(titles | {AVERAGE: "average"}, runs[0].name, lines, rows, len(tested))
+    shown = titles | {AVERAGE: "average"} if len(titles) > 1 else titles
+    return Table(shown, runs[0].name, lines, rows, len(tested))
 
 
 def base_first(runs: Sequence[Run], base: str | None) -> list[Run]:
@@ -117,7 +120,7 @@ def _line(run: Run, titles: Mapping[str, str], figures: Figures) -> Line:
     plain = run.of()
     found = figures(plain, run.metrics) if len(plain) else {}
     cells: dict[str, Cell | None] = {}
-    missing = []
+    missing, sizes = [], []
     for name, title in titles.items():
         one = found.get(name) if name in run.summary["benchmarks"] else None
         if one is None or one["main"] is None:
@@ -128,7 +131,21 @@ def _line(run: Run, titles: Mapping[str, str], figures: Figures) -> Line:
         cells[name] = Cell(one["main"]["value"], one["main"]["interval"], one["questions"], wanted, figures=one)
         if one["questions"] < wanted:
             missing.append(f"{title} ({one['questions']} of {wanted} questions)")
-    return Line(run.name, cells, missing)
+        if one["questions"] != wanted:
+            sizes.append(_size(run, title, one["questions"], wanted))
+    return Line(run.name, cells, missing, sizes)
+
+
+def _size(run: Run, title: str, asked: int, wanted: int) -> str:
+    """Why a benchmark was not asked as many questions as it has: a copy of another size is still a copy."""
+    limit, broken = (run.summary.get(key) for key in ("limit", "broken"))
+    if limit and asked < wanted:
+        return f"{run.name}: {asked:,} of the {wanted:,} questions of {title} were asked (--limit {limit})."
+    left_out = f" (broken rows of the suite that were left out: {broken})" if broken and asked < wanted else ""
+    return (
+        f"{run.name}: its copy of {title} has {asked:,} questions{left_out}, the published benchmark {wanted:,}: "
+        "another set, whose figures are not those of the benchmark."
+    )
 
 
 def _average(line: Line, names: Sequence[str]) -> Cell | None:

@@ -42,7 +42,7 @@ def notes(table: Table) -> list[str]:
     if table.tests:
         lines.append(
             f"Signed: points over the re-run {table.base} on the same questions, with the paired bootstrap's interval; "
-            f"p of the exact McNemar test, corrected (Holm) for the table's {table.tests} tests. Bold: beyond chance "
+            f"p of the exact McNemar test, corrected (Holm) for the table's tests ({table.tests}). Bold: beyond chance "
             "by both; the average by its interval alone."
         )
     if table.published:
@@ -51,6 +51,7 @@ def notes(table: Table) -> list[str]:
         if line.missing:
             lines.append(f"{line.name}: no average, for these were not run, or not to their end: "
                          f"{', '.join(line.missing)}.")  # fmt: skip
+        lines += line.sizes
     return lines
 
 
@@ -71,7 +72,7 @@ def markdown(table: Table) -> str:
             parts.append(f"{change} {between(one.delta['interval'], True)}{p}".strip())
         if one.published:
             parts.append(f"{points(one.published['delta'], True)} to published†")
-        return "<br>".join(parts)
+        return " <br>".join(parts)  # a terminal leaves the break out, not the space
 
     rows = [["model", *table.titles.values()], [":--", *["--:"] * len(table.titles)]]
     for line in table.lines:
