@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--protocol", help="think, direct or harness, for all benchmarks (each one's own: think)")
     parser.add_argument("--controls", nargs="?", const=CONTROLS, default="", metavar="LIST", help=f"({CONTROLS})")
     parser.add_argument("--beta", default="", metavar="LIST", help="biases of attention to the image, such as 0.1,0.2")
+    parser.add_argument("--blackout", default="", metavar="LIST", help="shares of the image to make black: 0.25,0.5,1")
     parser.add_argument("--attention", default="summary", choices=("off", "summary", "tokens"), help="(summary)")
     parser.add_argument("--max-tokens", type=positive, metavar="N", help="of a response (what the context leaves)")
     parser.add_argument("--temperature", type=float, default=0.0, help="(0)")
@@ -96,11 +97,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def conditions(arguments: argparse.Namespace) -> tuple[str, ...]:
-    """plain, the controls that are asked for, and a condition for each bias."""
+    """plain, the controls that are asked for, and a condition for each share blacked out and each bias."""
     from verl_avar.evaluation.benchmark.conditions import check
 
-    found = ["plain", *(word.strip() for word in arguments.controls.split(",") if word.strip())]
-    found += [f"visual_bias={word.strip()}" for word in arguments.beta.split(",") if word.strip()]
+    found = ["plain"]
+    for before, given in (("", arguments.controls), ("blackout=", arguments.blackout), ("visual_bias=", arguments.beta)):
+        found += [before + word.strip() for word in given.split(",") if word.strip()]
     for condition in found:
         check(condition)
     return tuple(dict.fromkeys(found))
