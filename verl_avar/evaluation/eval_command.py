@@ -101,7 +101,8 @@ def conditions(arguments: argparse.Namespace) -> tuple[str, ...]:
     from verl_avar.evaluation.benchmark.conditions import check
 
     found = ["plain"]
-    for before, given in (("", arguments.controls), ("blackout=", arguments.blackout), ("visual_bias=", arguments.beta)):
+    lists = {"": arguments.controls, "blackout=": arguments.blackout, "visual_bias=": arguments.beta}
+    for before, given in lists.items():
         found += [before + word.strip() for word in given.split(",") if word.strip()]
     for condition in found:
         check(condition)

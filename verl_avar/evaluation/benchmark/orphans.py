@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them, however that ends; on Linux: elsewhere a killed one leaves them."""
+"""Processes that end with the one that started them, however it ends: on Linux. Elsewhere a killed one leaves them."""
 
 from __future__ import annotations
 
