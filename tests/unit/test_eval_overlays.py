@@ -89,6 +89,7 @@ def test_pictures_are_computed_once_and_again_for_another_answer(folders, tmp_pa
     out = tmp_path / "out"
     first = compare(folders, out, attention={}).read_text("utf-8")
     assert loads == [str(base_path())] * 2 and first.count("<summary>where it looks") == 2
+    assert first.count("background-image: url(data:image/png") == 1 and first.count('class="look look-1-1') == 6
     stored = {path.relative_to(out / "overlays").as_posix() for path in (out / "overlays").rglob("*.png")}
     assert stored == {"first/miniature/q%2F1.png", "other/miniature/q%2F1.png"}
     assert compare(folders, out, attention={}).read_text("utf-8") == first and len(loads) == 2

@@ -41,19 +41,20 @@ def figures(runs: Sequence[Run], table: Table, guesses: Mapping[str, float] | No
 def scores(table: Table) -> Figure:
     """Each model's figure on each benchmark with its 95 % interval."""
     count = len(table.lines)
-    figure, (axes,) = panels([1.5 + len(table.titles) * (0.3 + 0.17 * count)])
+    titles = {name: title for name, title in table.titles.items() if any(line.cells[name] for line in table.lines)}
+    figure, (axes,) = panels([1.5 + len(titles) * (0.3 + 0.17 * count)])
     for index, line in enumerate(table.lines):
         colour, _, mark = SERIES[index % len(SERIES)]
         offset = (index - (count - 1) / 2) * 0.7 / count
         label = short(line.name)
-        for row, name in enumerate(table.titles):
+        for row, name in enumerate(titles):
             if (cell := line.cells[name]) is not None:
                 if cell.interval is not None:
                     ends = [100 * end for end in cell.interval]
                     axes.plot(ends, [row + offset] * 2, color=colour, linewidth=2, solid_capstyle="butt")
                 axes.plot(100 * cell.value, row + offset, mark, color=colour, markersize=7, label=label)
                 label = None
-    _benchmark_rows(axes, [literal(title) for title in table.titles.values()])
+    _benchmark_rows(axes, [literal(title) for title in titles.values()])
     axes.set_xlabel("figure of the benchmark, %", fontsize=TEXT)
     legend(axes, columns([line.name for line in table.lines]))
     return figure

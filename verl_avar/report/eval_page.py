@@ -81,6 +81,7 @@ def render_eval(
         controls=[line for run in runs for line in _controls(run)],
         problems=[line for run in runs for line in _problems(run)],
         problem_names=[name.replace("_", " ") for name in PROBLEMS],
+        short=_too_short(runs),
         settings=[(run.name, _settings(run)) for run in runs],
         **scripted(SCRIPT),
     )  # fmt: skip
@@ -123,6 +124,12 @@ def _controls(run: Run) -> list[dict]:
             lines.append({"model": run.name, "title": title, "questions": max(one["pairs"] for one in known),
                           "cells": [_plain(share) for share in (known[0]["plain"], *cells)]})  # fmt: skip
     return lines
+
+
+def _too_short(runs: Sequence[Run]) -> bool:
+    """Whether attention was asked for token by token, but no response is long enough to be divided."""
+    asked = any(run.of()["attention_tokens"].notna().any() for run in runs)
+    return asked and all(diagnostics.along(run) is None for run in runs)
 
 
 def _problems(run: Run) -> list[dict]:

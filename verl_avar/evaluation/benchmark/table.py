@@ -45,7 +45,7 @@ class Cell:
 @dataclass
 class Line:
     """A model's cells by benchmark, with AVERAGE where it is over all; None: not run. missing: titles of those,
-    and of benchmarks that were not run to their end. sizes: lines on benchmarks that were not asked as many questions
+    and of benchmarks that were not run to their end. sizes: why benchmarks were not asked as many questions
     as their publisher counts."""
 
     name: str
@@ -140,10 +140,10 @@ def _size(run: Run, title: str, asked: int, wanted: int) -> str:
     """Why a benchmark was not asked as many questions as it has: a copy of another size is still a copy."""
     limit, broken = (run.summary.get(key) for key in ("limit", "broken"))
     if limit and asked < wanted:
-        return f"{run.name}: {asked:,} of the {wanted:,} questions of {title} were asked (--limit {limit})."
+        return f"{asked:,} of the {wanted:,} questions of {title} were asked (--limit {limit})."
     left_out = f" (broken rows of the suite that were left out: {broken})" if broken and asked < wanted else ""
     return (
-        f"{run.name}: its copy of {title} has {asked:,} questions{left_out}, the published benchmark {wanted:,}: "
+        f"its copy of {title} has {asked:,} questions{left_out}, the published benchmark {wanted:,}: "
         "another set, whose figures are not those of the benchmark."
     )
 

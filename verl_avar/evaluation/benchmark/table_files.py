@@ -47,11 +47,12 @@ def notes(table: Table) -> list[str]:
         )
     if table.published:
         lines.append("†: published, other protocol; differences to it mix the model's and the protocol's.")
+    alike: dict[str, list[str]] = {}  # what is said of several models is said once
     for line in table.lines:
-        if line.missing:
-            lines.append(f"{line.name}: no average, for these were not run, or not to their end: "
-                         f"{', '.join(line.missing)}.")  # fmt: skip
-        lines += line.sizes
+        none = f"no average, for these were not run, or not to their end: {', '.join(line.missing)}."
+        for text in [*([none] if line.missing else []), *line.sizes]:
+            alike.setdefault(text, []).append(line.name)
+    lines += [f"{', '.join(names)}: {text}" for text, names in alike.items()]
     return lines
 
 
