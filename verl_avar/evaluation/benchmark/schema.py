@@ -30,7 +30,7 @@ RESULTS = pa.schema(
     [
         ("benchmark", pa.string()),
         ("id", pa.string()),
-        ("condition", pa.string()),  # PLAIN, a control, or "visual_bias=0.14"
+        ("condition", pa.string()),  # PLAIN, a control, "blackout=0.25" or "visual_bias=0.14"
         ("repeat", pa.int32()),  # 0, 1, …: of sampled answers
         ("meta", pa.string()),
         ("prompt", pa.string()),  # JSON of the messages as they were sent, images as <image>

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from verl_avar.errors import ConfigError
 from verl_avar.evaluation.benchmark.orphans import end_with_parent
 from verl_avar.evaluation.sweep_engine import CPU_KV_CACHE
 
+ERROR = re.compile(r"\w*Error: ")
 START_S, STOP_S, POLL_S = 1800.0, 60.0, 0.5
 
 
@@ -84,7 +86,9 @@ def _healthy(client, port: int) -> bool:
 
 
 def last_words(log: Path) -> str:
-    """The last line of a log that names an error, else its last line."""
+    """The last line of a log that names an error and not just another one, else its last line; its first 300 signs."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if "Error" in line]
-    return (errors or lines or ["it said nothing"])[-1][-300:]
+    errors = [line for line in lines if ERROR.search(line) and "See root cause above" not in line]
+    line = (errors or lines or ["it said nothing"])[-1]
+    found = ERROR.search(line)
+    return line[found.start() if found else 0 :][:300]  # without what a logger writes before it
