@@ -135,6 +135,7 @@ def test_a_finished_run_is_skipped_at_once(out):
     start = time.monotonic()
     again = subprocess.run(command(out), capture_output=True, text=True, timeout=120)
     assert again.returncode == 0 and again.stdout.count("skipped") == 4
+    assert again.stdout.count("24 answers to 12 questions, 24 of them there already") == 2  # no server was started
     assert time.monotonic() - start < 60
 
 

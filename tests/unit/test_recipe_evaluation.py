@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from contextlib import contextmanager
 
@@ -15,7 +16,7 @@ from rich.console import Console
 from settings import SettingsError, load
 from trainer_process import StageFailed
 
-from verl_avar.calls.store import CALLS, Writer
+from verl_avar.calls.store import CALLS, Writer, writer_name
 from verl_avar.evaluation.benchmark.definition import load_definition
 from verl_avar.evaluation.benchmark.load import load as load_questions
 from verl_avar.evaluation.benchmark.predict import cases
@@ -136,7 +137,7 @@ def run(tmp_path, rows, monkeypatch):
 
     def predict(folder, settings, protocols, endpoint, advance):
         """The truth from the question's own image, but not of counts; nothing from another's."""
-        writer = Writer(folder / CALLS, "stand-in")
+        writer = Writer(folder / CALLS, writer_name())
         for case in cases(folder, settings, protocols):
             right = case.condition == "plain" and json.loads(case.question["meta"]).get("category") != "count"
             text = f"<think>I see it.</think><answer>{case.question['answer'] if right else 'nothing'}</answer>"
@@ -174,6 +175,19 @@ def test_a_checkpoint_is_asked_once_and_reported_by_task(run):
     assert len(started) == 1 and (out / "evaluate" / "base" / "figures.json").read_text() == before
 
 
+def test_another_checkpoint_of_the_same_name_is_asked_anew_and_one_with_a_new_card_is_not(run, tmp_path):
+    _, started, evaluate = run
+    model = shutil.copytree(base_path(), tmp_path / "model")
+    only = [f"base={model}", "evaluation.checkpoints=[base]"]
+    evaluate(*only)
+    (model / "README.md").write_text("A card, as the report stage writes it.")
+    evaluate(*only)
+    assert len(started) == 1
+    (model / "model.safetensors").touch()
+    evaluate(*only)
+    assert len(started) == 2
+
+
 def test_a_suite_is_asked_beside_the_held_out_rows_and_has_its_own_page(run, tmp_path):
     out, started, evaluate = run
     definition = (ROOT / "verl_avar/evaluation/benchmark/definitions/miniature.yaml").read_text()
@@ -197,7 +211,7 @@ def test_answers_that_did_not_come_stop_the_stage_and_refused_ones_count_as_wron
     assert not (out / "evaluate" / "base" / "figures.json").exists()
 
     def refuse(folder, settings, protocols, endpoint, advance):
-        writer = Writer(folder / CALLS, "stand-in")
+        writer = Writer(folder / CALLS, writer_name())
         for case in cases(folder, settings, protocols):
             writer.add(case.key, {"text": "the prompt is too long", "finish": "bad_request"})
         writer.close()
