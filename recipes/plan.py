@@ -147,6 +147,8 @@ def show(recipe: DictConfig, out: Path, stages: list[str], composed: list[Compos
     line("machines", _machines(recipe))
     for kind in ("sft", "rl", "eval"):
         line(f"data, {kind}", _data(recipe, out, kind))
+    if {"evaluate", "report"} & {*stages}:
+        line("evaluation", _evaluation(recipe))
     line("output", str(out.absolute()))
     for part in composed:
         settings = recipe.rl if part.module == "rl" else recipe.coldstart
@@ -167,6 +169,13 @@ def _machines(recipe: DictConfig) -> str:
     size = f"{recipe.nodes} × {recipe.gpus_per_node} GPUs" if recipe.gpus_per_node else "no GPU"
     address = ray_address(recipe)
     return f"{size}, " + ("a Ray of its own" if address == "local" else f"Ray cluster {address}")
+
+
+def _evaluation(recipe: DictConfig) -> str:
+    settings = recipe.evaluation
+    suite = "" if settings.suite is None else f", and {settings.suite} from {settings.data or 'the hub'}"
+    served = " ".join(("avar serve", *settings.serve))
+    return f"{', '.join(settings.checkpoints)} on the held-out rows{suite}; each on `{served}`"
 
 
 def _data(recipe: DictConfig, out: Path, kind: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 from plan import Composed
 from settings import STAGES, SettingsError
-from trainers import ROOT, TRAINED, ray_address
+from trainers import ROOT, TRAINED, data_file, ray_address
 
 GIB = 2**30
 LOGGER_KEYS = {"wandb": ("WANDB_API_KEY", "WANDB_MODE"), "swanlab": ("SWANLAB_API_KEY", "SWANLAB_MODE")}
@@ -42,6 +42,8 @@ def problems(recipe: DictConfig, out: Path, stages: list[str], composed: list[Co
             if recipe.data[kind] is None
             for name in recipe.data[f"{kind}_sources"]
         ]
+    if "evaluate" in stages:
+        checks.append(lambda: check_suite(recipe))
     if recipe.gpus_per_node == 0:
         checks.append(check_port)
     else:
@@ -183,6 +185,44 @@ def check_data(recipe: DictConfig, kind: str, column: str) -> None:
             check_roles(recipe.data[kind], column)
         except ConfigError as error:
             raise SettingsError(f"data.{kind}: {error}") from None
+        if kind == "eval":
+            check_held_out(data_file(recipe, Path(), kind))
+
+
+def check_held_out(path: Path) -> None:
+    """Every row of the user's own file is a question with an answer and an id of its own."""
+    from evaluation import held_out
+
+    from verl_avar.errors import ConfigError
+    from verl_avar.evaluation.benchmark.load import load
+
+    try:
+        for _ in load(held_out(path), path):
+            pass
+    except ConfigError as error:
+        # The option that it names is one of `avar eval`.
+        raise SettingsError(f"data.eval: {str(error).removesuffix('; --allow-broken leaves them out')}") from None
+
+
+def check_suite(recipe: DictConfig) -> None:
+    """The copies of the benchmarks that the recipe names are there, or can be had from the hub."""
+    from verl_avar.data.published import check_reachable
+    from verl_avar.errors import ConfigError
+    from verl_avar.evaluation.benchmark.copies import find_copy, missing
+    from verl_avar.evaluation.benchmark.definition import load_suite
+
+    settings = recipe.evaluation
+    data = Path(settings.data).expanduser() if settings.data else None
+    try:
+        for benchmark in () if settings.suite is None else load_suite(settings.suite):
+            for part in benchmark.parts:
+                if (data is not None and find_copy(benchmark, part, data)) or part.generate:
+                    continue
+                if data is not None or part.hub is None:
+                    raise missing(benchmark, part, data)
+                check_reachable(part.hub)
+    except ConfigError as error:
+        raise SettingsError(f"evaluation.data: {error}") from None
 
 
 def check_source(name: str) -> None:

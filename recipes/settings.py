@@ -12,6 +12,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from verl_avar.data.schema import MAX_PIXELS, SYSTEM
+from verl_avar.errors import ConfigError
+from verl_avar.evaluation.benchmark.definition import load_suite
 
 STAGES = ("data", "coldstart", "coldstart_agto", "rl", "evaluate", "report")
 # Names of the evaluated checkpoints, in the order of training.
@@ -82,9 +84,12 @@ class Vars:
 @dataclass
 class Evaluation:
     max_new_tokens: int = 1024
-    batch_size: int = 16
+    batch_size: int = 16  # questions asked of the server at a time, and answers measured at a time
     pictures: int = 3  # evaluation rows whose attention is drawn, for each of the first and last stage
     checkpoints: list[str] = field(default_factory=lambda: list(CHECKPOINTS))
+    serve: list[str] = field(default_factory=list)  # options of `avar serve`, such as --tensor-parallel-size=4
+    suite: str | None = None  # benchmarks of `avar eval` beside the held-out rows, such as avar7
+    data: str | None = None  # folder of their copies; null: from the hub's cache or the hub
 
 
 @dataclass
@@ -147,6 +152,13 @@ def check(recipe: DictConfig, name: str) -> None:
     ):
         if unknown := [value for value in given if value not in known]:
             raise SettingsError(f"{name}: {key} has '{unknown[0]}'; known are {', '.join(known)}")
+    if recipe.evaluation.suite is not None:
+        try:
+            load_suite(recipe.evaluation.suite)
+        except ConfigError as error:
+            raise SettingsError(f"{name}: evaluation.suite: {error}") from None
+    elif recipe.evaluation.data is not None:
+        raise SettingsError(f"{name}: evaluation.data is of evaluation.suite, which is not set")
     if recipe.nodes < 1 or recipe.gpus_per_node < 0:
         raise SettingsError(f"{name}: nodes is {recipe.nodes}, gpus_per_node {recipe.gpus_per_node}")
 

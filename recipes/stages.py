@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
+import evaluation
 import pandas as pd
 import pyarrow.parquet as pq
-import torch
 from cards import COUNTS, ENVIRONMENT, environment, on_hub, write_cards
 from files import read_json, write_json
 from omegaconf import DictConfig
 from plan import total_steps
+from preflight import check_suite
 from rich.console import Console
-from rich.progress import track
-from settings import CHECKPOINTS
 from trainer_process import METRICS, run_trainer
-from trainers import FOLDERS, ROOT, data_file, start, trainer
+from trainers import FOLDERS, data_file, start, trainer
 from transformers.utils.logging import disable_progress_bar
 from vard import write_vard
 
@@ -113,40 +110,15 @@ def model_folder(recipe: DictConfig, out: Path, name: str) -> str:
 
 def evaluate(recipe: DictConfig, out: Path, console: Console) -> None:
     """Greedy accuracy, shuffled control, VAS and masses of the base and of every trained stage."""
-    from verl_avar.evaluation.evaluate import evaluate as evaluate_checkpoint
-
     disable_progress_bar()  # of loading weights: four models are loaded
-    rows = pd.read_parquet(data_file(recipe, out, "eval"))
-    compute_score = reward_function(ROOT / recipe.reward_fn)
-
-    def score(row: dict, text: str) -> float:
-        truth = row["reward_model"]["ground_truth"]
-        return compute_score(row["data_source"], text, truth, {}, lambda_v=0.0, on_missing="zero")["acc"]
-
-    def progress(steps: Iterable, label: str) -> Iterable:
-        return track(steps, description=f"evaluate: {name}, {label}", console=console)
-
+    check_suite(recipe)
+    models = {}
     for name in recipe.evaluation.checkpoints:
-        done = out / "evaluate" / f"{name}.json"
-        if done.exists():
-            continue
-        if name != "base" and not (out / FOLDERS[name] / "done.json").exists():
+        if name == "base" or (out / FOLDERS[name] / "done.json").exists():
+            models[name] = model_folder(recipe, out, name)
+        else:
             console.print(f"evaluate: {name} has not been trained, left out")
-            continue
-        results = evaluate_checkpoint(
-            model_folder(recipe, out, name), rows, score,
-            max_new_tokens=recipe.evaluation.max_new_tokens, batch_size=recipe.evaluation.batch_size,
-            seed=recipe.seed, progress=progress, **precision(recipe),
-        )  # fmt: skip
-        answers = rows[["extra_info", "reward_model"]].assign(response=results.pop("responses"))
-        answers.to_parquet(done.with_suffix(".parquet"))
-        write_json(done, {"name": name, "samples": len(rows)} | results)
-        console.print(f"evaluate: {name}: accuracy {results['accuracy']['all']:.3f}", highlight=False)
-
-
-def precision(recipe: DictConfig) -> dict:
-    """Where and how a checkpoint is evaluated: on the first GPU in its own dtype, or on the CPU in float32."""
-    return {"device": "cuda", "dtype": "auto"} if recipe.gpus_per_node else {"device": "cpu", "dtype": torch.float32}
+    evaluation.evaluate(recipe, out, models, console)
 
 
 def report(recipe: DictConfig, out: Path, console: Console) -> None:
@@ -162,31 +134,27 @@ def report(recipe: DictConfig, out: Path, console: Console) -> None:
     chosen = rows.iloc[:: max(1, len(rows) // max(1, recipe.evaluation.pictures))][: recipe.evaluation.pictures]
     samples = []
     for name in dict.fromkeys((evaluated[min(1, len(evaluated) - 1)], evaluated[-1])):
-        checkpoint = load_checkpoint(model_folder(recipe, out, name), **precision(recipe))
+        checkpoint = load_checkpoint(model_folder(recipe, out, name), **evaluation.precision(recipe))
         samples += [
             heatmap_sample(checkpoint, row, recipe.evaluation.max_new_tokens, name) for _, row in chosen.iterrows()
         ]
     folder = out / "report"
     write_json(folder / "results.json", results)
-    page = render(results, out, samples)
+    links = evaluation.pages(recipe, out, evaluated)
+    page = render(results, out, samples, links)
     print_table(results, console)
-    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    for written in (page, *(linked for _, linked in links)):
+        console.print(f"report: {written}", highlight=False, soft_wrap=True)
     write_cards(recipe, out, results, console)
 
 
 def collect(recipe: DictConfig, out: Path) -> dict:
     """`results.json` (its schema: verl_avar/report/results.py) from the stages' own files."""
     stages = []
-    for name in CHECKPOINTS:
-        path = out / "evaluate" / f"{name}.json"
-        if not path.exists():
-            continue
-        stage = read_json(path)
-        trained = out / FOLDERS.get(name, name) / "done.json"
-        # The time that the report shows is the training's; that of evaluating is beside it.
-        stage["evaluation_seconds"] = stage["seconds"]
-        stage["seconds"] = read_json(trained, {"seconds": 0.0})["seconds"]
-        stages.append(stage)
+    for stage in evaluation.evaluated(out):
+        trained = out / FOLDERS.get(stage["name"], stage["name"]) / "done.json"
+        # The time that the report shows is the training's.
+        stages.append(stage | {"seconds": read_json(trained, {"seconds": 0.0})["seconds"]})
     steps = [reward_parts(step) for step in read_steps(out / "rl" / METRICS)]
     config = {"recipe": recipe.name, "seed": recipe.seed, "AGTO α, β": f"{recipe.agto.alpha}, {recipe.agto.beta}"}
     return {"stages": stages, "rl": [s for s in steps if s["reward"] is not None], "config": config}
@@ -205,11 +173,3 @@ def reward_parts(step: dict) -> dict:
         "system_mass": "reward/system_mass",
     }
     return {"step": step["step"]} | {part: step.get(name) for part, name in names.items()}
-
-
-def reward_function(path: Path):
-    """`compute_score` of a file of reward_fns/, loaded as verl does."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.compute_score

@@ -1,22 +1,29 @@
 """Answers, masses and figures of a checkpoint, on the miniature with random weights."""
 
 import functools
+import json
+import shutil
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from verl_avar.attention import reference
 from verl_avar.attention.hf import set_attention
 from verl_avar.attention.mass import MASS_ROLES
-from verl_avar.evaluation.answer import answer, answer_masses, attention_only
-from verl_avar.evaluation.checkpoint import load_checkpoint, prompt_inputs
-from verl_avar.evaluation.evaluate import evaluate, shuffled_images
+from verl_avar.evaluation.answer import answer, answer_masses, attention_only, end_tokens
+from verl_avar.evaluation.benchmark.predict import RESULTS_FILE, write_questions
+from verl_avar.evaluation.benchmark.schema import RESULTS
+from verl_avar.evaluation.checkpoint import load_checkpoint, prompt_inputs, prompt_roles
+from verl_avar.evaluation.evaluate import answered, look
 from verl_avar.evaluation.heatmap import heatmap_sample, sentences
 from verl_avar.miniature.data import write_eval
 from verl_avar.miniature.model import build_model, build_processor, save
 from verl_avar.miniature.tokenizer import build_tokenizer
 from verl_avar.roles import Role, query_mask
+from verl_avar.vas import EPS
 
 
 @pytest.fixture(scope="module")
@@ -109,39 +116,75 @@ def test_sentences():
     assert sentences([]) == []
 
 
-def test_an_evaluation_has_every_figure(folder, rows):
-    results = evaluate(folder, rows, lambda row, text: float(row["extra_info"]["task"] == "count"), max_new_tokens=6)
-    assert results["accuracy"] == results["shuffled"]
-    assert results["accuracy"] == {"all": 0.25, "colour": 0.0, "where": 0.0, "count": 1.0, "digit": 0.0}
-    assert len(results["responses"]) == len(rows)
+@pytest.fixture(scope="module")
+def run_folder(answers, rows, tmp_path_factory):
+    """A model's folder of a run with the answers of `answers`: one was cut off, one is empty, one did not come."""
+    folder = tmp_path_factory.mktemp("run")
+    question = {"benchmark": "held_out", "choices": [], "answer_type": "text", "meta": "{}"}
+    said = [*answers.texts[:2], "", None]
+    questions, results = [], []
+    for n, (prompt, images, text) in enumerate(zip(rows["prompt"], rows["images"], said, strict=False)):
+        pictures = [{"bytes": image["bytes"]} for image in images]
+        questions.append(question | {"id": str(n), "question": "", "answer": "3", "images": pictures})
+        asked = {"benchmark": "held_out", "id": str(n), "repeat": 0, "answer": "3", "prompt": json.dumps(list(prompt))}
+        given = {"response": text, "finish": None if text is None else "length" if n == 1 else "stop"}
+        results += [asked | given | {"condition": "plain"}, asked | given | {"condition": "other_image"}]
+    write_questions(questions, folder)
+    pq.write_table(pa.Table.from_pylist(results, schema=RESULTS), folder / RESULTS_FILE)
+    return folder
+
+
+def by_hand(checkpoint, prompt, images, ids, scope):
+    """[(visual, system)] by layer, head and query of a prompt with a response in token ids, from whole eager maps."""
+    inputs = dict(prompt_inputs(checkpoint, [prompt], [images]))
+    own = prompt_roles(checkpoint, [prompt], inputs)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([ids], dtype=torch.long)], dim=1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if "mm_token_type_ids" in inputs:
+        inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, len(ids)))
+    roles = torch.nn.functional.pad(own, (0, len(ids)), value=int(Role.RESPONSE))
+    set_attention(checkpoint.model, "avar_eager")
+    with torch.no_grad():
+        maps = torch.stack(checkpoint.model(**inputs, output_attentions=True).attentions)[:, 0]  # [L, H, T, T]
+    set_attention(checkpoint.model, "avar_sdpa")
+    asked = maps[:, :, query_mask(roles, scope)[0]]
+    return asked[..., roles[0] == Role.VISUAL].sum(-1), asked[..., roles[0] == Role.SYSTEM].sum(-1)
+
+
+def test_attention_is_measured_in_the_answers_that_were_stored(checkpoint, folder, rows, run_folder):
+    found = look(run_folder, folder, batch_size=3)
+    ends, texts = end_tokens(checkpoint), [row.response for row in answered(run_folder)]
+    ids = [checkpoint.tokenizer.encode(text, add_special_tokens=False) for text in texts[:2]]
+    ids = [ids[0] + ends[:1], ids[1], []]  # the second was cut off: it wrote no end marker; the third wrote nothing
     for scope in ("user", "response"):
-        assert set(results["vas"][scope]) == {"paper", "head_mean", "median"}
-    assert 0 < results["mass"]["visual"] < 1 and results["dtype"] == "float32"
+        masses = [by_hand(checkpoint, rows["prompt"][n], rows["images"][n], ids[n], scope) for n in range(3)]
+        visual, system = (torch.cat(one, dim=-1).double() for one in zip(*masses, strict=True))
+        heads_averaged = visual.mean(1) / (system.mean(1) + EPS)
+        expected = {
+            "paper": float((visual / (system + EPS)).mean()),
+            "head_mean": float(heads_averaged.mean()),
+            "median": float(heads_averaged.mean(0).median()),
+        }
+        assert found["vas"][scope] == pytest.approx(expected, rel=1e-3)
+    assert found["mass"] == pytest.approx({"visual": float(visual.mean()), "system": float(system.mean())}, rel=1e-4)
+    assert found["measured"] == 3 and found["dtype"] == "float32"
+    assert found["unmeasured"] == [{"row": "3", "reason": "no answer came"}]
 
 
-def test_the_control_answers_the_same_questions_with_the_shuffled_images(folder, rows, monkeypatch):
-    seen = []
-
-    def record(checkpoint, prompts, images, max_new_tokens):
-        seen.append((prompts, images))
-        return answer(checkpoint, prompts, images, max_new_tokens)
-
-    monkeypatch.setattr("verl_avar.evaluation.evaluate.answer", record)
-    evaluate(folder, rows, lambda row, text: 0.0, max_new_tokens=2, seed=4)
-    (prompts, own), (same_prompts, others) = seen
-    assert all(a is b for a, b in zip(own, rows["images"], strict=True))
-    assert all(a is b for a, b in zip(others, shuffled_images(rows, 4), strict=True))
-    assert [p[1]["content"] for p in prompts] == [p[1]["content"] for p in same_prompts]
-
-
-def test_no_row_keeps_its_own_image_in_the_shuffled_control(rows):
-    shuffled = shuffled_images(rows, seed=3)
-    tasks = [info["task"] for info in rows["extra_info"]]
-    own = {bytes(images[0]["bytes"]): task for images, task in zip(rows["images"], tasks, strict=True)}
-    for images, before, task in zip(shuffled, rows["images"], tasks, strict=True):
-        assert images[0]["bytes"] != before[0]["bytes"] and own[bytes(images[0]["bytes"])] == task
-    with pytest.raises(ValueError, match="at least two rows"):
-        shuffled_images(rows[:1], seed=0)
+def test_a_second_look_loads_no_model_unless_answers_or_the_model_changed(folder, run_folder, tmp_path, monkeypatch):
+    first = look(run_folder, folder, batch_size=3)
+    loaded = []
+    monkeypatch.setattr("verl_avar.evaluation.evaluate.load_checkpoint", lambda path, **_: loaded.append(path) or 1 / 0)
+    assert look(run_folder, folder, batch_size=1) == first and loaded == []
+    other = shutil.copytree(folder, tmp_path / "other")
+    with pytest.raises(ZeroDivisionError):
+        look(run_folder, other)
+    copy = shutil.copytree(run_folder, tmp_path / "run")
+    table = pq.read_table(copy / RESULTS_FILE).to_pylist()
+    changed = [row | {"response": row["response"] and row["response"] + "!"} for row in table]
+    pq.write_table(pa.Table.from_pylist(changed, schema=RESULTS), copy / RESULTS_FILE)
+    with pytest.raises(ZeroDivisionError):
+        look(copy, folder)
 
 
 def test_a_prompt_without_its_image_is_an_error(checkpoint, rows):

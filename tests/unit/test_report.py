@@ -137,6 +137,11 @@ def test_page_is_self_contained_and_complete(results, tmp_path):
     assert figures == {"accuracy.png", "vas.png", "mass.png", "rl.png", "heatmap_1.png"}
 
 
+def test_the_page_links_to_pages_below_it(results, tmp_path):
+    page = render(results, tmp_path, links=[("The rows", tmp_path / "report" / "evaluation" / "index.html")])
+    assert '<a href="evaluation/index.html">The rows</a>' in page.read_text(encoding="utf-8")
+
+
 def test_a_run_without_attention_or_rl_is_still_reported(results, tmp_path):
     for record in results["stages"]:
         del record["vas"], record["mass"], record["shuffled"]

@@ -63,31 +63,42 @@ def answer(
 
 
 @torch.no_grad()
-def given(checkpoint: Checkpoint, prompts: Sequence, images: Sequence, responses: Sequence[str]) -> Answers:
+def given(
+    checkpoint: Checkpoint,
+    prompts: Sequence,
+    images: Sequence,
+    responses: Sequence[str],
+    ended: Sequence[bool] | None = None,
+) -> Answers:
     """The batch of rows with responses that are already known, ended as the model would end them.
+
+    ended: which of them the model ended; one that a limit cut off gets no end marker. All by default.
 
     Special tokens in a response count as such; one that ends with an end marker gets no second one. An empty response
     leaves its row without response tokens. Raises ValueError for a response that holds an image placeholder.
     """
     prompt = prompt_inputs(checkpoint, prompts, images)
-    ids = [_written(checkpoint, text) for text in responses]
+    ended = [True] * len(responses) if ended is None else ended
+    ids = [_written(checkpoint, text, end) for text, end in zip(responses, ended, strict=True)]
     width = max(map(len, ids), default=0)
     pad = checkpoint.tokenizer.pad_token_id or 0
     device = prompt["input_ids"].device
-    written = torch.tensor([row + [pad] * (width - len(row)) for row in ids], device=device).view(len(ids), width)
+    padded = [row + [pad] * (width - len(row)) for row in ids]
+    written = torch.tensor(padded, dtype=torch.long, device=device).view(len(ids), width)
     lengths = torch.tensor([len(row) for row in ids], device=device)
     response = torch.arange(width, device=device) < lengths[:, None]
     last = torch.arange(width, device=device) == lengths[:, None] - 1
+    last &= torch.isin(written, torch.tensor(end_tokens(checkpoint), device=device))  # `texts` leaves it out
     roles = prompt_roles(checkpoint, prompts, prompt)
-    answers = _answers(checkpoint, prompt, roles, written.long(), response, last)
+    answers = _answers(checkpoint, prompt, roles, written, response, last)
     check_context(checkpoint, answers.inputs["attention_mask"])
     return answers
 
 
-def _written(checkpoint: Checkpoint, text: str) -> list[int]:
-    """The ids of a response with its end marker; none for an empty one."""
+def _written(checkpoint: Checkpoint, text: str, ended: bool) -> list[int]:
+    """The ids of a response, with its end marker where it ended; none for an empty one."""
     ids, ends = checkpoint.tokenizer.encode(text, add_special_tokens=False), end_tokens(checkpoint)
-    return ids if not ids or ids[-1] in ends else ids + ends[:1]
+    return ids if not ids or not ended or ids[-1] in ends else ids + ends[:1]
 
 
 def _answers(checkpoint: Checkpoint, prompt: dict, roles, written, response, stops) -> Answers:

@@ -1,103 +1,91 @@
-"""One checkpoint on one set of verifiable rows: greedy accuracy, the shuffled-image control, VAS and masses."""
+"""VAS and attention masses of the answers that a benchmark run stored: they are read again, nothing is generated."""
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import torch
 
-from verl_avar import families
-from verl_avar.evaluation.answer import Answers, answer, answer_masses
-from verl_avar.evaluation.checkpoint import load_checkpoint
-from verl_avar.vas import Vas
+from verl_avar.calls.store import call_key
+from verl_avar.evaluation.benchmark.predict import RESULTS_FILE, read_questions
+from verl_avar.evaluation.benchmark.schema import PLAIN
+from verl_avar.evaluation.checkpoint import conversation, load_checkpoint
+from verl_avar.evaluation.partial import fingerprint, write_text
+from verl_avar.evaluation.rows import Row
+from verl_avar.evaluation.vas_run import Outcome, Progress, Settings, measure_rows
+from verl_avar.evaluation.vas_summary import summarise
 
-Score = Callable[[dict, str], float]  # (row, response text) -> 1.0 if right
-Progress = Callable[[Iterable, str], Iterable]
+ATTENTION = "attention"
 
 
-def evaluate(
-    path: str | Path,
-    rows: pd.DataFrame,
-    score: Score,
+def look(
+    folder: Path,
+    model: str | Path,
     *,
-    max_new_tokens: int,
-    batch_size: int = 64,
-    seed: int = 0,
-    progress: Progress = lambda steps, _: steps,
+    batch_size: int = 16,
     device: str = "cpu",
     dtype: Any = torch.float32,
+    progress: Progress = lambda batches: batches,
 ) -> dict:
-    """Evaluates a checkpoint folder on rows in verl's RL format, with `extra_info["task"]`.
+    """Where a model looks in its plain answers in FOLDER, its folder of a run (benchmark/run.py).
 
-    dtype: a torch dtype, or "auto" for the checkpoint's own.
-
-    Returns {"accuracy", "shuffled": {"all", task: …}, "vas": {"user", "response"}, "mass": {"visual", "system"} over
-    response queries, "responses": list of texts, "dtype", "seconds"}.
+    dtype: a torch dtype, or "auto" for the checkpoint's own. Returns {"vas": {"user" | "response": {"paper",
+    "head_mean", "median"}}, "mass": {"visual", "system"} over response queries, "dtype", "measured": answers,
+    "unmeasured": [{"row", "reason"}]}; scopes that no answer has are left out. Kept in FOLDER/attention/ by what
+    decides it, batch by batch: a second call goes on, or returns what is there without loading the model.
     """
-    start = time.monotonic()
-    checkpoint = load_checkpoint(path, dtype=dtype, device=device)
-    vas = {scope: Vas(scope) for scope in ("user", "response")}
+    rows = answered(folder)
+    said = [[row.id, row.response, row.ended] for row in rows]
+    place = folder / ATTENTION / call_key(str(model), fingerprint(model), str(dtype), said)[:16]
+    if (place / "figures.json").exists():
+        return json.loads((place / "figures.json").read_text(encoding="utf-8"))
+    checkpoint = load_checkpoint(model, dtype=dtype, device=device)
+    settings = Settings()
+    outcome = measure_rows(checkpoint, rows, settings, place / "parts", batch_size=batch_size, progress=progress)
+    found = figures(place / "parts", outcome, settings) | {"dtype": str(checkpoint.model.dtype).removeprefix("torch.")}
+    write_text(place / "figures.json", json.dumps(found, indent=1, ensure_ascii=False))
+    return found
 
-    def look(answers: Answers) -> None:
-        masses, layers = families.masses(checkpoint.model, answer_masses(checkpoint, answers))
-        reach = families.reach(checkpoint.model, answers.roles, layers)
-        for scope in vas.values():
-            scope.add(*masses.unbind(-1), answers.roles, reach)
 
-    options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": progress}
-    responses = _answers(checkpoint, rows, list(rows["images"]), look, label="images", **options)
-    blind = _answers(checkpoint, rows, shuffled_images(rows, seed), None, label="shuffled", **options)
-    summaries = {scope: v.summary() for scope, v in vas.items()}
+def answered(folder: Path) -> list[Row]:
+    """The plain answers of a run as rows to measure: the messages and images as they were asked, the first repeat."""
+    columns = ["benchmark", "id", "condition", "repeat", "prompt", "answer", "response", "finish"]
+    chosen = [("condition", "=", PLAIN), ("repeat", "=", 0)]
+    results = pq.read_table(folder / RESULTS_FILE, columns=columns, filters=chosen).to_pylist()
+    images = {(one["benchmark"], one["id"]): one["images"] for one in read_questions(folder)}
+    return [
+        Row(
+            id=one["id"],
+            messages=conversation(json.loads(one["prompt"])),
+            images=[image["bytes"] for image in images[one["benchmark"], one["id"]]],
+            response=one["response"],
+            answer=one["answer"],
+            problem="no answer came" if one["response"] is None else None,
+            ended=one["finish"] == "stop",
+        )
+        for one in results
+    ]
+
+
+def figures(parts: Path, outcome: Outcome, settings: Settings) -> dict:
+    """The figures of `look` from the parts on disk."""
+    tables = [pd.read_parquet(part) for part in sorted(parts.glob("*.parquet"))]
+    unmeasured = outcome.failed + outcome.skipped
+    if not tables:
+        return {"vas": {}, "mass": {}, "measured": 0, "unmeasured": unmeasured}
+    table = pd.concat(tables, ignore_index=True).sort_values("number", kind="stable")
+    scopes = summarise(table, classes=False, sink_share=settings.sink_share)["scopes"]
+    mass = scopes["response"]["mass"] if "response" in scopes else {}
     return {
-        "accuracy": _by_task(rows, responses, score),
-        "shuffled": _by_task(rows, blind, score),
-        "vas": {scope: {k: s[k] for k in ("paper", "head_mean", "median")} for scope, s in summaries.items()},
-        "mass": summaries["response"]["mass"],
-        "responses": responses,
-        "dtype": str(checkpoint.model.dtype).removeprefix("torch."),
-        "seconds": time.monotonic() - start,
+        "vas": {
+            name: {"paper": scope["vas"], "head_mean": scope["head_mean"], "median": scope["median"]}
+            for name, scope in scopes.items()
+        },
+        "mass": {role: mass[role] for role in ("visual", "system") if role in mass},
+        "measured": int(table["number"].nunique()),
+        "unmeasured": unmeasured,
     }
-
-
-def shuffled_images(rows: pd.DataFrame, seed: int) -> list:
-    """The images of other rows of the same task: a fixed rotation of a shuffled order, so that none keeps its own."""
-    images = list(rows["images"])
-    order = np.random.default_rng(seed)
-    for _, members in rows.reset_index(drop=True).groupby(_task_column(rows)).groups.items():
-        members = order.permutation(np.asarray(members))
-        if len(members) < 2:
-            raise ValueError("the shuffled control needs at least two rows of each task")
-        for row, other in zip(members, np.roll(members, 1), strict=True):
-            images[row] = rows["images"].iloc[other]
-    return images
-
-
-def _answers(checkpoint, rows, images: Sequence, look, *, label, max_new_tokens, batch_size, progress) -> list[str]:
-    texts: list[str] = []
-    for first in progress(range(0, len(rows), batch_size), label):
-        part = slice(first, first + batch_size)
-        with torch.inference_mode():
-            answers = answer(checkpoint, list(rows["prompt"].iloc[part]), images[part], max_new_tokens)
-            if look is not None:
-                look(answers)
-        texts += answers.texts
-    return texts
-
-
-def _task_column(rows: pd.DataFrame) -> np.ndarray:
-    return np.asarray([info["task"] for info in rows["extra_info"]])
-
-
-def _by_task(rows: pd.DataFrame, texts: Sequence[str], score: Score) -> dict[str, float]:
-    right = defaultdict(list)
-    for row, text, task in zip(rows.to_dict("records"), texts, _task_column(rows), strict=True):
-        value = score(row, text)
-        right["all"].append(value)
-        right[str(task)].append(value)
-    return {task: float(np.mean(values)) for task, values in right.items()}

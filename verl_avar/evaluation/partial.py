@@ -71,6 +71,7 @@ def write_parquet(path: Path, table: pd.DataFrame) -> None:
 def fingerprint(path: str | Path) -> str:
     """What a path holds, in 16 characters: a file by its bytes, a folder by its files' names, sizes and times.
 
+    Texts for readers don't count: a model card is written beside weights that were evaluated already.
     A name that is no path (a model on the hub) stands for itself.
     """
     path = Path(path)
@@ -82,5 +83,9 @@ def fingerprint(path: str | Path) -> str:
             while block := file.read(2**20):
                 digest.update(block)
         return digest.hexdigest()[:16]
-    facts = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(path.iterdir()) if p.is_file()]
+    facts = [
+        (p.name, p.stat().st_size, p.stat().st_mtime_ns)
+        for p in sorted(path.iterdir())
+        if p.is_file() and p.suffix != ".md"
+    ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

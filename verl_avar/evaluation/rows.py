@@ -40,6 +40,7 @@ class Row:
     response: str | None = None
     answer: str | None = None
     problem: str | None = None
+    ended: bool = True  # the response, by the model's end marker and not by a limit
 
     @property
     def question(self) -> str:

@@ -122,7 +122,7 @@ def _batch(
     if settings.scope == "user":
         answers = given(checkpoint, prompts, images, [""] * len(rows))
     elif all(row.response is not None for row in rows):
-        answers = given(checkpoint, prompts, images, [row.response for row in rows])
+        answers = given(checkpoint, prompts, images, [row.response for row in rows], [row.ended for row in rows])
     elif all(row.response is None for row in rows):
         answers = answer(checkpoint, prompts, images, settings.max_new_tokens)
     else:

@@ -3,6 +3,7 @@
 The schema of `results` is in results.py.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,8 +76,15 @@ def print_table(results: dict, console: "Console | None" = None) -> None:
         console.print(f"• {line}", highlight=False)
 
 
-def render(results: dict, out_dir: Path, samples: list[HeatmapSample] | None = None) -> Path:
+def render(
+    results: dict,
+    out_dir: Path,
+    samples: list[HeatmapSample] | None = None,
+    links: Sequence[tuple[str, Path]] = (),
+) -> Path:
     """Writes `out_dir/report/index.html` and, beside it, `figures/*.png`; returns the page's path.
+
+    links: (title, page) of pages below `out_dir/report` that it links to.
 
     Raises ValueError when `results` is not as the module's schema says; nothing is written then.
     """
@@ -106,4 +114,5 @@ def render(results: dict, out_dir: Path, samples: list[HeatmapSample] | None = N
         samples=[heatmap_cards(sample) for sample in samples or []],
         notes=results.get("notes") or [],
         config=results.get("config") or {},
+        links=[(name, Path(linked).relative_to(page.parent).as_posix()) for name, linked in links],
     )

@@ -57,6 +57,7 @@ class Layout:
     unit: str | None = None
     answer_is: Mapping[str, str] = field(default_factory=dict)  # how the copy writes an answer -> answer
     answer_is_text: bool = False  # of a choice the option's text, which may be a letter as well
+    turns: bool = False  # the question is a conversation's last turn; those before it go into meta
     inline_options: bool = False  # "Options: A: …, B: …" ends the question
     instructed: bool = False  # the question is "Hint: …", "Question: …", "Choices: …"; only the question is kept
     id_pattern: str | None = None  # its groups go into meta

@@ -32,6 +32,7 @@ class Protocol:
     how: Mapping[str, str] = field(default_factory=dict)
     by_benchmark: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # benchmark, or benchmark/part
     as_published: bool = False  # meta's `asked` is the whole text where a copy has it
+    own_turns: bool = False  # meta's `turns`, the row's own, go before the question
 
 
 _WITH_OPTIONS = "{question}\n{options}\n{how}"
@@ -83,18 +84,21 @@ HARNESS = Protocol(
     },
     as_published=True,
 )
+# Rows of a training's own form: their system turn and words, as training asks them.
+OWN = Protocol("own", None, _PLAIN, own_turns=True)
 
 
 @cache
 def protocol(name: str) -> Protocol:
     """The protocol of a name. Raises ConfigError for an unknown one."""
-    known = {each.name: each for each in (THINK, DIRECT, HARNESS)}
+    known = {each.name: each for each in (THINK, DIRECT, HARNESS, OWN)}
+    names = (THINK.name, DIRECT.name, HARNESS.name, "miniature", OWN.name)
     if name == "miniature":
         from verl_avar.miniature.tasks import SYSTEM as MINIATURE
 
         return Protocol("miniature", MINIATURE, _PLAIN)
     if name not in known:
-        raise ConfigError(f"no protocol '{name}'; there are {', '.join((*known, 'miniature'))}")
+        raise ConfigError(f"no protocol '{name}'; there are {', '.join(names)}")
     return known[name]
 
 
@@ -124,8 +128,10 @@ def messages(question: Mapping[str, Any], how: Protocol | str = THINK) -> list[d
 def text_messages(question: Mapping[str, Any], how: Protocol | str = THINK) -> list[dict[str, str]]:
     """The same with texts as content, <image> where an image goes: what is hashed, stored and shown."""
     how = protocol(how) if isinstance(how, str) else how
-    system = [] if how.system is None else [{"role": "system", "content": how.system}]
-    return [*system, {"role": "user", "content": _user(question, how)}]
+    before = [] if how.system is None else [{"role": "system", "content": how.system}]
+    if how.own_turns:
+        before = json.loads(question["meta"]).get("turns", [])
+    return [*before, {"role": "user", "content": _user(question, how)}]
 
 
 def _user(question: Mapping[str, Any], how: Protocol) -> str:

@@ -33,9 +33,8 @@ def question_of(record: dict, benchmark: Benchmark, part: Part, layout: Layout, 
     """A row of schema.QUESTIONS; its id is the copy's. Raises LeftOut, and ValueError for a record that is no question.
 
     meta holds the layout's columns, and where they apply: `part`; `asked`, the question as the copy words it with the
-    publisher's instructions; `options_in_image`; `also_right`, other right answers (for a choice
-    letters); `images_not_shown`, how many the
-    text does not name.
+    publisher's instructions; `turns`, messages before the question; `options_in_image`; `also_right`, other right
+    answers (for a choice letters); `images_not_shown`, how many the text does not name.
     """
     meta = {name: _jsonable(value_of(record, column)) for name, column in layout.meta.items()}
     meta = {name: value for name, value in meta.items() if value not in EMPTY}
@@ -51,6 +50,8 @@ def question_of(record: dict, benchmark: Benchmark, part: Part, layout: Layout, 
     if not images and benchmark.without_image == "broken":
         raise ValueError("no image")
     text, choices = _texts(record, part, layout)
+    if layout.turns:
+        meta["turns"] = _turns(record, layout)[:-1]
     if not text:
         raise ValueError("no question")
     if ready := first(record, (layout.ready,) if layout.ready else ()):
@@ -114,6 +115,8 @@ def _identity(record: Mapping[str, Any], layout: Layout) -> str:
 
 def _texts(record: Mapping[str, Any], part: Part, layout: Layout) -> tuple[str, list[str]]:
     """Question and options, as the copy has them."""
+    if layout.turns:
+        return _turns(record, layout)[-1]["content"], []
     text = part.asks
     if text is None and layout.question is not None:
         text = value_of(record, layout.question)
@@ -133,6 +136,27 @@ def _texts(record: Mapping[str, Any], part: Part, layout: Layout) -> tuple[str, 
     if layout.choices:
         return text, choices_of(value_of(record, layout.choices))
     return text, []
+
+
+def _turns(record: Mapping[str, Any], layout: Layout) -> list[dict[str, str]]:
+    """The messages of a conversation, content parts as text with IMAGE; the last is a user's, the only with images."""
+    given = value_of(record, layout.question or "")
+    if not isinstance(given, list) or not given:
+        raise ValueError(f"{layout.question} is no conversation")
+    turns = [{"role": str(turn["role"]), "content": _content(turn["content"])} for turn in given]
+    if turns[-1]["role"] != "user":
+        raise ValueError("the conversation does not end with a user's turn")
+    if any(IMAGE in turn["content"] for turn in turns[:-1]):
+        raise ValueError("an image before the last turn")
+    return turns
+
+
+def _content(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    if unknown := [part["type"] for part in content if part["type"] not in ("text", "image")]:
+        raise ValueError(f"a content part of type {unknown[0]}")
+    return "".join(IMAGE if part["type"] == "image" else part["text"] for part in content)
 
 
 def _lettered(record: Mapping[str, Any]) -> list[str]:
