@@ -28,8 +28,6 @@ from verl_avar.evaluation.benchmark.schema import PLAIN
 SHUFFLED = "other_image"
 FIGURES = "figures.json"  # in a checkpoint's folder: what `results.json` says of it
 SUITE = "suite"  # folder of the benchmarks that the recipe names, beside those of the held-out rows
-# Of `avar serve` on a machine without a GPU: the miniature in the format that its attention is measured in.
-SERVE_ON_CPU = ("--dtype", "float32", "--enforce-eager")
 
 
 def held_out(path: Path) -> Benchmark:
@@ -75,7 +73,7 @@ def plan(recipe: DictConfig, out: Path) -> Plan:
         # Greedy means greedy: some checkpoints ship a repetition penalty.
         sampling={"temperature": 0.0, "repetition_penalty": 1.0, "max_tokens": settings.max_new_tokens},
         concurrency=settings.batch_size,
-        serve=[*(() if recipe.gpus_per_node else SERVE_ON_CPU), *settings.serve],
+        serve=list(settings.serve),
     )
 
 

@@ -109,7 +109,7 @@ def undisturbed(miniature_server, copies, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed")
     before = requests(miniature_server)
     said = Command(miniature_server, copies / "tsv", out, "--controls").ended()
-    assert "105 answers to 21 questions" in said and "MathVista" in said
+    assert "answers to 21 questions" in said and "MathVista" in said
     keys = {line["key"] for line in lines(out / MODEL)}
     assert requests(miniature_server) - before == len(lines(out / MODEL)) == len(keys)
     return out
@@ -118,9 +118,17 @@ def undisturbed(miniature_server, copies, tmp_path_factory):
 def test_every_question_of_the_seven_is_asked_answered_scored_and_weighed(undisturbed):
     results, asked = rows(undisturbed / MODEL), rows(undisturbed / MODEL, "questions.parquet")
     assert Counter(question["benchmark"] for question in asked) == QUESTIONS
-    expected = [(condition, question["benchmark"], question["id"]) for condition in CONDITIONS for question in asked]
-    assert [(row["condition"], row["benchmark"], row["id"]) for row in results] == expected
-    for row, question in zip(results, asked * len(CONDITIONS), strict=True):
+    alike = Counter((question["benchmark"], len(question["images"])) for question in asked)
+    expected = [
+        (condition, question)
+        for condition in CONDITIONS
+        for question in asked
+        if condition != "other_image" or alike[question["benchmark"], len(question["images"])] > 1
+    ]
+    assert 4 * 21 < len(expected) < 5 * 21
+    names = [(condition, question["benchmark"], question["id"]) for condition, question in expected]
+    assert [(row["condition"], row["benchmark"], row["id"]) for row in results] == names
+    for row, (_, question) in zip(results, expected, strict=True):
         system, user = json.loads(row["prompt"])
         assert (system["role"], user["role"]) == ("system", "user") and "<answer>" in system["content"]
         images = 0 if row["condition"] == "no_image" else len(question["images"])

@@ -103,7 +103,7 @@ def lines(out):
 
 def test_a_run_that_is_asked_to_stop_ends_with_the_block_at_hand(out, monkeypatch):
     monkeypatch.setattr(ray_data, "_start", lambda address, workers: None)
-    monkeypatch.setattr(ray_data, "_results", lambda *given: iter([(3, {"accepted": 3}), (3, {"accepted": 3})]))
+    monkeypatch.setattr(ray_data, "_results", lambda *given: (result for result in [(3, {"accepted": 3})] * 2))
     told = []
     counts = run_on_ray(settings(), out, write_down, progress=told.append, stopped=lambda: len(told) == 1)
     assert counts == {"accepted": 3} and told == [3]

@@ -110,8 +110,13 @@ def test_controls_change_what_is_asked_and_nothing_else(evaluate, server):
 
 
 def test_conditions_that_ask_the_same_ask_once(evaluate, server):
-    status, results = evaluate("mmmu_val", "--controls", "other_image")  # each alone with its number of images
+    status, results = evaluate("mmmu_val", "--blackout", "0")
     assert status == 0 and len(server.bodies) == 3 and results["response"].notna().sum() == 6
+
+
+def test_a_question_alone_with_its_number_of_images_is_not_asked_with_another(evaluate, server):
+    status, results = evaluate("mmmu_val", "--controls", "other_image")
+    assert status == 0 and len(server.bodies) == len(results) == 3 and set(results["condition"]) == {"plain"}
 
 
 def test_what_a_killed_run_left_half_written_goes(evaluate, tmp_path):
@@ -121,10 +126,16 @@ def test_what_a_killed_run_left_half_written_goes(evaluate, tmp_path):
     assert evaluate()[0] == 0 and not half.exists()
 
 
-def test_another_image_is_never_the_questions_own():
-    given = conditions.donors({"a": 1, "b": 1, "c": 1, "d": 2, "e": 2, "f": 3})
-    assert sorted(given.values()) == sorted(given) and given["f"] == "f"
-    assert all(given[id_] != id_ for id_ in "abcde") and {given["d"], given["e"]} == {"d", "e"}
+def test_another_image_is_never_the_questions_own_and_of_its_kind_where_there_are_others():
+    counts = {"a": 1, "b": 1, "c": 1, "d": 2, "e": 2, "f": 3}
+    given = conditions.donors({id_: (count, "") for id_, count in counts.items()})
+    assert sorted(given.values()) == sorted(given) == list("abcde")  # nothing for f
+    assert all(given[id_] != id_ and counts[given[id_]] == counts[id_] for id_ in given)
+    kinds = {"a": (1, "x"), "b": (1, "x"), "c": (1, "y"), "d": (1, "y"), "e": (1, "z")}
+    given = conditions.donors(kinds)
+    assert [given[id_] for id_ in "abcd"] == ["b", "a", "d", "c"] and given["e"] in "abcd"
+    given = conditions.donors(kinds | {"f": (1, "w")})
+    assert {given["e"], given["f"]} == {"e", "f"} and given["e"] == "f"
 
 
 def test_half_of_a_blacked_out_image_is_black():

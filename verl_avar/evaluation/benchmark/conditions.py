@@ -12,7 +12,7 @@ import io
 import json
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from PIL import Image
 
@@ -119,15 +119,28 @@ def blackout(image: bytes, seed: str, share: float = 0.5) -> bytes:
     return _png(picture)
 
 
-def donors(counts: dict[str, int]) -> dict[str, str]:
-    """question id -> the question whose images it gets: another one with as many images, each giving once.
+def donors(kinds: Mapping[str, tuple[int, str]]) -> dict[str, str]:
+    """question id -> the question whose images it gets: another one of its kind, each giving once.
 
-    counts: question id -> how many images it has. A question that is alone with its number of images keeps its own.
+    kinds: question id -> how many images it has, and its category: the image of another kind of question would give
+    itself away. Those alone in their category get images of any other with as many; one that is alone with its number
+    of images is left out.
     """
     found = {}
-    for number in sorted(set(counts.values())):
-        ids = sorted((id_ for id_, count in counts.items() if count == number), key=_shuffled)
-        found |= dict(zip(ids, ids[1:] + ids[:1], strict=True))
+    for number in sorted({number for number, _ in kinds.values()}):
+        groups: dict[str, list[str]] = {}
+        for id_, (count, category) in kinds.items():
+            if count == number:
+                groups.setdefault(category, []).append(id_)
+        rings = [ids for ids in groups.values() if len(ids) > 1]
+        alone = [ids[0] for ids in groups.values() if len(ids) == 1]
+        if len(alone) > 1:
+            rings.append(alone)
+        elif alone and rings:
+            found[alone[0]] = min((id_ for ids in rings for id_ in ids), key=_shuffled)
+        for ids in rings:
+            ids = sorted(ids, key=_shuffled)
+            found |= dict(zip(ids, ids[1:] + ids[:1], strict=True))
     return found
 
 

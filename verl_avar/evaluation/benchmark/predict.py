@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from verl_avar.evaluation.benchmark.judge import Judge, Verdict
 
 GROUP = 64  # rows of a row group, and read at a time
-TAGGED = ("think", "miniature")  # protocols that ask for <answer>
+TAGGED = ("think", "miniature", "own")  # protocols that ask for <answer>
 ATTENTION = ("off", "summary", "tokens")
 
 
@@ -86,10 +86,12 @@ def read_questions(folder: Path) -> Iterator[dict]:
 def cases(folder: Path, settings: Settings, protocols: dict[str, str]) -> Iterator[Case]:
     """Everything that is to be asked, in the order of the results. protocols: benchmark -> its own."""
     for condition in settings.conditions:
-        others = _Donors(folder).images if condition == "other_image" else None
+        others = _Donors(folder) if condition == "other_image" else None
         for question in read_questions(folder):
+            if others and question["images"] and not others.has(question):
+                continue
             protocol = settings.protocol or protocols[question["benchmark"]]
-            asked = changed(question, condition, others)
+            asked = changed(question, condition, others and others.images)
             images = [image["bytes"] for image in asked["images"]]
             content = content_id(asked["question"], asked["answer"], asked["choices"], images)
             prompt = text_messages(asked, protocol)
@@ -110,17 +112,21 @@ def _sampling(settings: Settings, condition: str, repeat: int) -> dict[str, Any]
 
 
 class _Donors:
-    """Images of other questions of the same benchmark."""
+    """Images of other questions of the same benchmark, and category where there are others of it."""
 
     def __init__(self, folder: Path):
-        counts: dict[str, dict[str, int]] = {}
+        kinds: dict[str, dict[str, tuple[int, str]]] = {}
         self.places: dict[tuple[str, str], int] = {}
         self.folder = folder
         for number, question in enumerate(read_questions(folder)):
-            counts.setdefault(question["benchmark"], {})[question["id"]] = len(question["images"])
+            kind = len(question["images"]), str(json.loads(question["meta"]).get("category", ""))
+            kinds.setdefault(question["benchmark"], {})[question["id"]] = kind
             self.places[question["benchmark"], question["id"]] = number
-        self.giver = {benchmark: donors(of) for benchmark, of in counts.items()}
+        self.giver = {benchmark: donors(of) for benchmark, of in kinds.items()}
         self.file = pq.ParquetFile(folder / QUESTIONS_FILE, pre_buffer=False)
+
+    def has(self, question: dict) -> bool:
+        return question["id"] in self.giver[question["benchmark"]]
 
     def images(self, question: dict) -> list[bytes]:
         giver = self.giver[question["benchmark"]][question["id"]]

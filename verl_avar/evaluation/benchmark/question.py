@@ -274,4 +274,6 @@ def _listed(text: str) -> list[str]:
 
 
 def _jsonable(value: Any) -> Any:
-    return value if isinstance(value, str | int | float | bool | list | None) else str(value)
+    if isinstance(value, str):
+        return _listed(value) or value  # a list is a text in a TSV
+    return value if isinstance(value, int | float | bool | list | None) else str(value)

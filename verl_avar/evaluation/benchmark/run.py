@@ -88,8 +88,7 @@ def run(plan: Plan, model: Model, console: Console) -> Path:
     with locked(folder):
         remove_parts(folder)
         count, broken = questions(plan, folder)
-        total = count * len(plan.conditions) * plan.repeats
-        left = unanswered(folder, settings, protocols)
+        total, left = counted(folder, settings, protocols)
         console.print(
             f"{model.name}: {total:,} answers to {count:,} questions, {total - left:,} of them there already"
             + (f"; {broken} broken rows are left out" if broken else ""),
@@ -129,10 +128,11 @@ def said(judged: Mapping[str, Any]) -> str:
     return line
 
 
-def unanswered(folder: Path, settings: Settings, protocols: Mapping[str, str]) -> int:
-    """How many cases have no stored answer."""
+def counted(folder: Path, settings: Settings, protocols: Mapping[str, str]) -> tuple[int, int]:
+    """How many cases there are, and how many of them have no stored answer."""
     with Lines(folder / CALLS) as stored:
-        return sum(stored.get(case.key) is None for case in cases(folder, settings, dict(protocols)))
+        missing = [stored.get(case.key) is None for case in cases(folder, settings, dict(protocols))]
+    return len(missing), sum(missing)
 
 
 def summary(plan: Plan, model: Model, count: int, broken: int) -> dict:
