@@ -93,6 +93,10 @@ def test_what_a_server_refuses_is_a_failed_answer_and_no_right_one(evaluate, ser
     server.status = 400
     status, results = evaluate("mmstar", "--concurrency", "1")
     assert status == 1 and set(results["problem"]) == {"failed"} and results["right"].isna().all()
+    assert results["finish"].str.contains("no").all()  # what it said
+    server.status = 200  # started again with other settings
+    status, results = evaluate("mmstar")
+    assert status == 0 and results["right"].notna().all()
 
 
 def test_controls_change_what_is_asked_and_nothing_else(evaluate, server):

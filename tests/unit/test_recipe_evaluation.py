@@ -16,10 +16,10 @@ from rich.console import Console
 from settings import SettingsError, load
 from trainer_process import StageFailed
 
-from verl_avar.calls.store import CALLS, Writer, writer_name
+from verl_avar.calls.store import CALLS, FAILURES, Writer, writer_name
 from verl_avar.evaluation.benchmark.definition import load_definition
 from verl_avar.evaluation.benchmark.load import load as load_questions
-from verl_avar.evaluation.benchmark.predict import cases
+from verl_avar.evaluation.benchmark.predict import _refusal, cases
 from verl_avar.evaluation.benchmark.prompts import messages, text_messages
 from verl_avar.evaluation.benchmark.score import score
 from verl_avar.miniature import base_path
@@ -211,11 +211,11 @@ def test_answers_that_did_not_come_stop_the_stage_and_refused_ones_count_as_wron
     assert not (out / "evaluate" / "base" / "figures.json").exists()
 
     def refuse(folder, settings, protocols, endpoint, advance):
-        writer = Writer(folder / CALLS, writer_name())
+        writer = Writer(folder / FAILURES, writer_name())
         for case in cases(folder, settings, protocols):
-            writer.add(case.key, {"text": "the prompt is too long", "finish": "bad_request"})
+            writer.add(_refusal(case.key), {"detail": "the prompt is too long"})
         writer.close()
-        return 0
+        return 16
 
     monkeypatch.setattr("verl_avar.evaluation.benchmark.run.predict", refuse)
     recipe, said = evaluate()

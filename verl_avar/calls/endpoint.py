@@ -173,7 +173,7 @@ class Endpoint:
             if counts[BAD_REQUEST] >= REFUSED and not counts["answers"]:
                 raise EndpointError(
                     f"endpoint {self.name} refused all of {counts[BAD_REQUEST]} requests, the last: {answer.text}. "
-                    f"Correct the settings, and have those rows asked again by --retry {BAD_REQUEST}"
+                    f"Correct the settings, and have those rows asked again (avar synth: --retry {BAD_REQUEST})"
                 )
             return answer
         counts["answers"] += 1

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 from omegaconf import OmegaConf
 
+from verl_avar.calls.answer import BAD_REQUEST
 from verl_avar.calls.endpoint import CallFailed, Endpoint
 from verl_avar.calls.store import CALLS, FAILURES, Lines, Writer, call_key, writer_name
 from verl_avar.data.parquet import RowFile
@@ -166,6 +167,9 @@ async def _predict(folder: Path, settings: Settings, protocols, endpoint, progre
         except CallFailed as error:
             failures.add(case.key, about | {"detail": str(error), "time": time.time()})
             return False
+        if answer.finish == BAD_REQUEST:  # not for ever: the server may have been started with too short a context
+            failures.add(_refusal(case.key), about | {"detail": answer.text, "time": time.time()})
+            return False
         answers.add(case.key, about | {"repeat": case.repeat} | vars(answer) | {"time": time.time()})
         return True
 
@@ -214,12 +218,18 @@ def write_results(
     from verl_avar.evaluation.benchmark.score import score
 
     path = folder / RESULTS_FILE
-    with Lines(folder / CALLS) as stored:
+    with Lines(folder / CALLS) as stored, Lines(folder / FAILURES) as failures:
         verdicts, counts = _judged(cases(folder, settings, protocols), stored, judge, folder) if judge else ({}, None)
         with RowFile(path, RESULTS, 256) as file:
             for case in cases(folder, settings, protocols):
-                file.add(result(case, stored.get(case.key), score, verdicts.get(case.key)))
+                call, refusal = stored.get(case.key), failures.get(_refusal(case.key))
+                file.add(result(case, call, score, verdicts.get(case.key), refusal and refusal["detail"]))
     return counts
+
+
+def _refusal(key: str) -> str:
+    """The key, among failures, of what the server said when it refused the call of a key."""
+    return call_key(BAD_REQUEST, key)
 
 
 def _judged(asked: Iterable[Case], stored: Lines, judge: Judge, folder: Path) -> tuple[dict[str, Verdict], dict]:
@@ -230,7 +240,7 @@ def _judged(asked: Iterable[Case], stored: Lines, judge: Judge, folder: Path) ->
     items = {}
     for case in asked:
         call = stored.get(case.key)
-        if call is not None and call["finish"] != "bad_request":
+        if call is not None:
             question = {name: case.question[name] for name in ("question", "choices", "answer", "answer_type", "meta")}
             scored = score(question, call["text"], call["finish"], tagged=case.protocol in TAGGED)
             items[case.key] = Item(question, call["text"], call["finish"], scored)
@@ -238,8 +248,11 @@ def _judged(asked: Iterable[Case], stored: Lines, judge: Judge, folder: Path) ->
     return dict(zip(items, verdicts, strict=True)), {"name": judge.model} | counts
 
 
-def result(case: Case, call: dict | None, score: Callable, verdict: Verdict | None = None) -> dict:
-    """A row of schema.RESULTS. call: the stored answer, or None. verdict: where a judge was asked."""
+def result(
+    case: Case, call: dict | None, score: Callable, verdict: Verdict | None = None, refusal: str | None = None
+) -> dict:
+    """A row of schema.RESULTS. call: the stored answer, or None, with what the server said where it refused to answer.
+    verdict: where a judge was asked."""
     question = case.question
     row = {
         **{name: question[name] for name in ("benchmark", "id", "meta", "answer", "answer_type")},
@@ -248,8 +261,8 @@ def result(case: Case, call: dict | None, score: Callable, verdict: Verdict | No
         "prompt": json.dumps(case.prompt, ensure_ascii=False),
         "scored_by": "rules",
     }
-    if call is None or call["finish"] == "bad_request":
-        return row | {"problem": "failed", "finish": call and call["text"]}
+    if call is None:
+        return row | {"problem": "failed", "finish": refusal}
     if verdict is None:
         judged = score(question, call["text"], call["finish"], tagged=case.protocol in TAGGED)
     else:

@@ -29,7 +29,8 @@ from verl_avar.evaluation.benchmark.predict import (
 from verl_avar.evaluation.benchmark.server import served
 from verl_avar.evaluation.partial import fingerprint
 
-SUMMARY_FILE, SETTINGS_FILE = "summary.json", "settings.json"
+ATTEMPTS = 12  # of a call: a server that is started again loads for minutes
+SUMMARY_FILE = "summary.json"
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ def run(plan: Plan, model: Model, console: Console) -> Path:
                     "api_key_env": model.api_key_env,
                     "concurrency": plan.concurrency,
                     "timeout_s": plan.timeout_s,
+                    "attempts": ATTEMPTS,
                 }
                 failed = predict(folder, settings, protocols, endpoint, advance)
         judged = write_results(folder, settings, protocols, plan.judge)
