@@ -10,10 +10,10 @@ from pathlib import Path
 
 from verl_avar.evaluation.benchmark.harness.prints import bytes_print, distance
 from verl_avar.evaluation.benchmark.harness.shown import NO_ANSWER, shown
+from verl_avar.evaluation.benchmark.judge import RULES
 from verl_avar.evaluation.benchmark.schema import PLAIN, RESULTS
 from verl_avar.evaluation.benchmark.score import Score, score
 
-RULES = "rules"  # `scored_by` of ours
 ALIKE = 8.0  # of 255: images that differ by no more are one image, encoded twice
 
 

@@ -7,6 +7,7 @@ says which). Both verdicts of each question are in harness/NAME/results.parquet.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -21,8 +22,9 @@ from verl_avar.errors import ConfigError
 from verl_avar.evaluation.benchmark.copies import find_copy
 from verl_avar.evaluation.benchmark.definition import Benchmark as Definition
 from verl_avar.evaluation.benchmark.harness import lmms_eval, vlmevalkit
-from verl_avar.evaluation.benchmark.harness.reading import RULES, agreement, write_results
+from verl_avar.evaluation.benchmark.harness.reading import agreement, write_results
 from verl_avar.evaluation.benchmark.harness.settings import Benchmark, Endpoint, HarnessSettings, Protocol
+from verl_avar.evaluation.benchmark.judge import RULES
 from verl_avar.evaluation.benchmark.predict import RESULTS_FILE, TAGGED, read_questions
 from verl_avar.evaluation.benchmark.prompts import protocol
 from verl_avar.evaluation.benchmark.run import SUMMARY_FILE, Model, Plan, bar, folder_name, questions, summary
@@ -157,8 +159,10 @@ def files(plan: Plan, folder: Path) -> Iterable[Benchmark]:
 
 
 def _asked(plan: Plan, folder: Path) -> Iterable[tuple[Definition, list[dict]]]:
-    for definition in plan.benchmarks:
-        yield definition, [one for one in read_questions(folder) if one["benchmark"] == definition.name]
+    """Each benchmark with its questions, which lie one benchmark after another."""
+    definitions = {definition.name: definition for definition in plan.benchmarks}
+    for name, rows in itertools.groupby(read_questions(folder), key=lambda question: question["benchmark"]):
+        yield definitions[name], list(rows)
 
 
 def collect(both: Path, folder: Path) -> dict:
